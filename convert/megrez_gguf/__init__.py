@@ -1,0 +1,1 @@
+"""Megrez2 checkpoints to GGUF."""
