@@ -20,20 +20,44 @@ ARCHITECTURE = "MegrezMoeForCausalLM"
 # Architectures a user may plausibly hand us, and who converts them instead.
 FOREIGN_ARCHITECTURES = {
     "LlamaForCausalLM": (
-        "a plain Llama (Megrez-3B-Instruct is one): llama.cpp's own convert_hf_to_gguf.py converts it"
+        "a plain Llama (Megrez-3B-Instruct is one); convert it with llama.cpp's own "
+        "convert_hf_to_gguf.py"
     ),
 }
 
 # Fields that do not touch the forward pass at inference.
-_INERT_FIELDS = frozenset(
-    """
-    _name_or_path architectures auto_map aux_loss_alpha attention_dropout attn_implementation
-    bos_token_id dtype eos_token_id ep_size hidden_dropout initializer_range is_decoder
-    max_window_layers model_type moe_router_bias_update_speed name_or_path output_attentions
-    output_hidden_states output_router_logits pad_token_id pretraining_tp return_dict
-    router_aux_loss_coef seq_aux torch_dtype transformers_version use_cache _attn_implementation
-    _attn_implementation_internal
-    """.split()
+_INERT_FIELDS = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "aux_loss_alpha",
+    "attention_dropout",
+    "attn_implementation",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "ep_size",
+    "hidden_dropout",
+    "initializer_range",
+    "is_decoder",
+    "max_window_layers",
+    "model_type",
+    "moe_router_bias_update_speed",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "return_dict",
+    "router_aux_loss_coef",
+    "seq_aux",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+}
 )
 
 # Fields that change the maths; only the listed values are what the architecture implements.
@@ -54,7 +78,7 @@ _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
 class RopeScaling:
     """Context extension of the rotary embedding.
 
-    `linear` divides every position by `factor`. `yarn` is arXiv 2309.00071 as `transformers` computes
+    `linear` divides every position by `factor`. `yarn` is arXiv 2309.00071 as `transformers` has
     it: interpolation by `factor` of the slow dimensions only, and cos/sin times `attention_factor`.
     """
 
@@ -103,7 +127,7 @@ class ModelConfig:
 
     @property
     def shared_intermediate_size(self) -> int:
-        """Width of the one MLP that holds all shared experts of a layer; 0 without shared experts."""
+        """Width of the one MLP that holds a layer's shared experts; 0 when it has none."""
         return self.n_shared_experts * self.moe_intermediate_size
 
     @property
@@ -225,7 +249,8 @@ class ModelConfig:
         if self.num_experts_per_tok > self.n_routed_experts:
             r.fail(
                 "num_experts_per_tok",
-                f"{self.num_experts_per_tok} is more than n_routed_experts = {self.n_routed_experts}",
+                f"{self.num_experts_per_tok} is more than "
+                f"n_routed_experts = {self.n_routed_experts}",
             )
         if self.routed_scaling_factor == 0:
             r.fail("routed_scaling_factor", "0 would switch every routed expert off")
@@ -280,7 +305,7 @@ def _check_architecture(raw: dict[str, Any], source: str) -> None:
 
 
 def _rope(r: _Reader, context: int) -> tuple[float, RopeScaling | None]:
-    """`rope_theta` and `rope_scaling`, from the flat fields or transformers 5's `rope_parameters`."""
+    """`rope_theta` and `rope_scaling`: flat fields, or transformers 5's `rope_parameters`."""
     nested = r.optional_object("rope_parameters")
     if nested is not None:
         p = r.child("rope_parameters", nested)

@@ -8,7 +8,7 @@ class MegrezError(Exception):
 
 
 class ConfigError(MegrezError):
-    """`config.json` is missing a field, has one of the wrong type, or asks for unsupported maths."""
+    """`config.json` misses a field, has one of the wrong type, or asks for unsupported maths."""
 
 
 class CheckpointError(MegrezError):
