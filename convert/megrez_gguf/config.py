@@ -58,7 +58,6 @@ _INERT_FIELDS = {
     "_attn_implementation",
     "_attn_implementation_internal",
 }
-)
 
 # Fields that change the maths; only the listed values are what the architecture implements.
 _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
