@@ -1,1 +1,30 @@
-"""Megrez2 checkpoints to GGUF."""
+"""Megrez2 checkpoints to GGUF.
+
+`convert(checkpoint, ...)` and `inspect(path)` are loaded on first use, so that importing this
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megrez_gguf.inspection import inspect
+    from megrez_gguf.pipeline import convert
+
+__all__ = ["convert", "inspect"]
+
+# No module here may be called after a function below: importing `megrez_gguf.convert` as a module
+# would replace the function of that name.
+_EXPORTS = {"convert": "megrez_gguf.pipeline", "inspect": "megrez_gguf.inspection"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

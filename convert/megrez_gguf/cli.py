@@ -1,0 +1,152 @@
+"""The command line. One thin function a command; whatever is heavy is imported inside it.
+
+Data goes to stdout, talk to stderr, and the exit code is the truth: 0 done, 1 the answer is no,
+2 something is wrong with the input or the machine, 130 interrupted.
+
+This is the composition root: the only module of `megrez_gguf` that may import `megrez_runtime` or
+`megrez_parity`, and only inside a command.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from megrez_gguf.errors import MegrezError
+
+app = typer.Typer(
+    name="megrez-gguf",
+    help="Convert, run and verify Megrez2 mixture-of-experts models as GGUF.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class OutTypeOption(str, enum.Enum):
+    """As `megrez_gguf.pipeline.OutType`, which is too heavy to import for --help."""
+
+    auto = "auto"
+    f32 = "f32"
+    bf16 = "bf16"
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"megrez-gguf {version('megrez-gguf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output file.  [default: NAME-TYPE.gguf]")
+    ] = None,
+    outtype: Annotated[
+        OutTypeOption, typer.Option(help="Type of the matrices; auto is the checkpoint's own.")
+    ] = OutTypeOption.auto,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    clamp: Annotated[
+        bool, typer.Option("--clamp", help="Limit weights beyond the type's range to it.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint to GGUF.
+
+    Norms, routers and biases are always F32. The output appears whole or not at all.
+
+    \b
+    Examples:
+      megrez-gguf convert Megrez2-3x7B-A3B
+      megrez-gguf convert Megrez2-3x7B-A3B -o megrez2.gguf --outtype q8_0
+    """
+    from megrez_gguf.pipeline import convert as run
+
+    with _progress("Converting") as progress:
+        result = run(checkpoint, out, outtype.value, force, clamp, progress)
+    for warning in result.warnings:
+        _say(f"warning: {warning}")
+    _say(
+        f"{result.tensors} tensors, {result.parameters:,} parameters as {result.outtype}, "
+        f"{result.nbytes:,} bytes"
+    )
+    typer.echo(result.path)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr; nothing when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that everything on the way out is cleaned up.
+    raise SystemExit(128 + number)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run the command line and exit with its code."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminated)
+    try:
+        code = app(argv, standalone_mode=False)
+    except MegrezError as e:
+        _say(f"error: {e}")
+        sys.exit(e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our stdout left; there is nobody to tell.
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Weights as they are stored -> weights as they are written, and what was lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+Q8_0_BLOCK = 32
+
+# The largest magnitude that does not round to infinity: 65520 would.
+F16_LIMIT = float(np.nextafter(np.float32(65520), np.float32(0)))
+# Half the smallest F16: up to here, rounding to nearest even gives zero.
+F16_FLUSH = 2.0**-25
+BF16_LIMIT = float(np.array(0x7F7F7FFF, dtype="<u4").view("<f4"))
+
+# Bit patterns whose exponent is all ones: NaN and the infinities.
+_EXPONENT = {2: {"<u2": 0x7F80, "<f2": 0x7C00}, 4: {"<f4": 0x7F800000}}
+
+
+@dataclass(slots=True)
+class Loss:
+    """What narrowing did to the values of one tensor or of many."""
+
+    overflow: int = 0
+    """Finite values beyond the type's range."""
+    flushed: int = 0
+    """Values other than zero that become zero."""
+
+    def __iadd__(self, other: Loss) -> Loss:
+        self.overflow += other.overflow
+        self.flushed += other.flushed
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A type weights are written in.
+
+    `block` elements become `block_bytes` bytes; `number` is ggml's number of the type and
+    `file_type` llama.cpp's number for a file mostly of it. Magnitudes over `limit` become infinite,
+    those up to `flush` become zero.
+    """
+
+    name: str
+    number: int
+    file_type: int
+    block: int
+    block_bytes: int
+    limit: float
+    flush: float
+    encode: Callable[[npt.NDArray[np.float32]], Array]
+
+    def nbytes(self, size: int) -> int:
+        """Bytes that `size` elements take; `size` is a multiple of `block`."""
+        return size // self.block * self.block_bytes
+
+
+def first_non_finite(values: Array) -> int | None:
+    """Position of the first NaN or infinity in a chunk of raw values; None if all are finite."""
+    mask = _EXPONENT[values.itemsize][values.dtype.str]
+    bits = values.view(f"<u{values.itemsize}")
+    bad = (bits & mask) == mask
+    return int(bad.argmax()) if bad.any() else None
+
+
+def to_f32(values: Array) -> npt.NDArray[np.float32]:
+    """Widen raw values (bfloat16 as uint16 bits); exact."""
+    if values.dtype == np.dtype("<u2"):
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def count_loss(values: npt.NDArray[np.float32], encoding: Encoding) -> Loss:
+    """Count what writing these finite values as `encoding` overflows and flushes to zero."""
+    magnitude = np.abs(values)
+    loss = Loss()
+    if magnitude.size and magnitude.max() > encoding.limit:
+        loss.overflow = int((magnitude > encoding.limit).sum())
+    if encoding.flush:
+        loss.flushed = int((magnitude <= encoding.flush).sum() - (magnitude == 0).sum())
+    return loss
+
+
+def _bf16(values: npt.NDArray[np.float32]) -> Array:
+    """Round to nearest, ties to even."""
+    bits = values.view("<u4")
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+
+
+def _f16(values: npt.NDArray[np.float32]) -> Array:
+    with np.errstate(over="ignore"):
+        return values.astype("<f2")
+
+
+def _q8_0(values: npt.NDArray[np.float32]) -> Array:
+    """As ggml's reference: one F16 scale and 32 signed bytes a block."""
+    blocks = values.reshape(-1, Q8_0_BLOCK)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    scaled = blocks * inverse
+    # C's roundf: halves away from zero.
+    magnitude = np.abs(scaled)
+    whole = np.floor(magnitude)
+    rounded = np.copysign(whole + (magnitude - whole >= 0.5), scaled)
+    out = np.empty((len(blocks), 34), dtype=np.uint8)
+    with np.errstate(over="ignore"):
+        out[:, :2] = scale.astype("<f2").view(np.uint8)
+    out[:, 2:] = rounded.astype(np.int8).view(np.uint8)
+    return out
+
+
+ENCODINGS = {
+    e.name: e
+    for e in (
+        Encoding("F32", 0, 0, 1, 4, float("inf"), 0.0, lambda v: v),
+        Encoding("F16", 1, 1, 1, 2, F16_LIMIT, F16_FLUSH, _f16),
+        Encoding("BF16", 30, 32, 1, 2, BF16_LIMIT, 0.0, _bf16),
+        # The scale of a block is an F16; its values are at most 127 times it.
+        Encoding("Q8_0", 8, 7, Q8_0_BLOCK, 34, 65504.0 * 127, 0.0, _q8_0),
+    )
+}
