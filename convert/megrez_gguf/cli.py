@@ -9,7 +9,9 @@ This is the composition root: the only module of `megrez_gguf` that may import `
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +21,28 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from megrez_gguf.errors import MegrezError
 
+
+class _Commands(typer.core.TyperGroup):
+    """Turns the failures we expect into a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MegrezError as e:
+            _say(f"error: {e}")
+            sys.exit(e.exit_code)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            sys.exit(130)
+
+
 app = typer.Typer(
     name="megrez-gguf",
+    cls=_Commands,
     help="Convert, run and verify Megrez2 mixture-of-experts models as GGUF.",
     no_args_is_help=True,
     add_completion=False,
@@ -95,6 +114,29 @@ def convert(
     typer.echo(result.path)
 
 
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="GGUF file or checkpoint folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    scan: Annotated[
+        bool, typer.Option("--scan/--no-scan", help="Read all weights, to count those at risk.")
+    ] = True,
+) -> None:
+    """Show hyper-parameters, expert groups, tensors and weights at risk.
+
+    \b
+    Examples:
+      megrez-gguf inspect Megrez2-3x7B-A3B
+      megrez-gguf inspect megrez2.gguf --json --no-scan
+    """
+    from megrez_gguf.inspection import inspect as run
+    from megrez_gguf.inspection import render
+
+    with _progress("Reading") as progress:
+        report = run(path, scan, progress)
+    typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else render(report))
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr; nothing when stderr is no terminal."""
@@ -128,24 +170,12 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def main(argv: list[str] | None = None) -> Any:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminated)
-    try:
-        code = app(argv, standalone_mode=False)
-    except MegrezError as e:
-        _say(f"error: {e}")
-        sys.exit(e.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our stdout left; there is nobody to tell.
-        sys.stderr.close()
-        sys.exit(141)
-    sys.exit(code if isinstance(code, int) else 0)
+    app(argv)
 
 
 if __name__ == "__main__":

@@ -89,13 +89,13 @@ def count_loss(values: npt.NDArray[np.float32], encoding: Encoding) -> Loss:
 
 def _bf16(values: npt.NDArray[np.float32]) -> Array:
     """Round to nearest, ties to even."""
-    bits = values.view("<u4")
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
 def _f16(values: npt.NDArray[np.float32]) -> Array:
     with np.errstate(over="ignore"):
-        return values.astype("<f2")
+        return values.astype(np.float16)
 
 
 def _q8_0(values: npt.NDArray[np.float32]) -> Array:

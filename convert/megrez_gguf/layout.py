@@ -6,6 +6,7 @@ Names, shapes, which layers carry what, and which tensors must stay float32 all 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -250,7 +251,7 @@ def check_ledger(checkpoint: Checkpoint, plan: Plan, consumed: Iterable[str]) ->
 def explain(name: str, config: ModelConfig) -> str:
     """Say why `name` does not belong in a checkpoint of this configuration."""
     for rule in TABLE:
-        match = _pattern(rule).fullmatch(name)
+        match = _pattern(rule.source).fullmatch(name)
         if match is None:
             continue
         groups = match.groupdict()
@@ -264,6 +265,14 @@ def explain(name: str, config: ModelConfig) -> str:
             return reason.format(i=layer, pool=config.pool_layer(layer))
         return f"n_routed_experts is {config.n_routed_experts}"
     return "no Megrez2 tensor has such a name"
+
+
+def role_of(target: str) -> str:
+    """Role of a tensor by its GGUF name; "other" for one no rule makes."""
+    for rule in TABLE:
+        if _pattern(rule.target).fullmatch(target):
+            return rule.role
+    return "other"
 
 
 def _placements(config: ModelConfig) -> Iterable[tuple[Rule, int]]:
@@ -283,8 +292,9 @@ def _source_names(rule: Rule, config: ModelConfig, layer: int) -> list[str]:
     return [rule.source.format(i=layer, e=e) for e in range(config.n_routed_experts)]
 
 
-def _pattern(rule: Rule) -> re.Pattern[str]:
-    pattern = re.escape(rule.source)
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    pattern = re.escape(template)
     for letter in "ie":
         pattern = pattern.replace(rf"\{{{letter}\}}", rf"(?P<{letter}>0|[1-9]\d{{0,8}})")
     return re.compile(pattern)
