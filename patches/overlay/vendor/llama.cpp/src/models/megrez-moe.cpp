@@ -1,0 +1,485 @@
+#include "models.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <set>
+
+bool llama_model_megrez_moe::is_moe(int il) const {
+    return il >= (int) hparams.n_layer_dense_lead && il % hparams.moe_every_n_layers == 0;
+}
+
+int llama_model_megrez_moe::pool_layer(int il) const {
+    const int lead   = hparams.n_layer_dense_lead;
+    const int period = hparams.experts_shared_frequency;
+
+    return lead + (il - lead)/period*period;
+}
+
+//
+// hyper-parameters
+//
+
+static std::string layers_str(const std::set<int> & layers) {
+    std::string ret;
+    for (const int il : layers) {
+        ret += (ret.empty() ? "" : ", ") + std::to_string(il);
+    }
+    return ret.empty() ? "none" : ret;
+}
+
+// layers of the file that hold the given tensor
+static std::set<int> layers_with(const llama_model_loader & ml, const LLM_TN & tn, llm_tensor tensor, int n_layer) {
+    std::set<int> ret;
+    for (int il = 0; il < n_layer; ++il) {
+        if (ml.get_tensor_meta(tn(tensor, "weight", il).str().c_str())) {
+            ret.insert(il);
+        }
+    }
+    return ret;
+}
+
+void llama_model_megrez_moe::load_arch_hparams(llama_model_loader & ml) {
+    const int n_layer = hparams.n_layer();
+
+    const auto refuse = [](const std::string & why) {
+        throw std::runtime_error("megrez-moe: " + why);
+    };
+
+    ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
+
+    const auto routers = layers_with(ml, LLM_TN(arch), LLM_TENSOR_FFN_GATE_INP,  n_layer);
+    const auto pools   = layers_with(ml, LLM_TN(arch), LLM_TENSOR_FFN_GATE_EXPS, n_layer);
+
+    // a model made in memory has keys and no tensors yet; in a file, the tensors can say what a key leaves out
+    const bool has_tensors = !ml.weights_map.empty();
+    if (has_tensors && (routers.empty() || pools.empty())) {
+        refuse(routers.empty() ? "no layer has a router (ffn_gate_inp)" : "no layer has an expert pool (ffn_gate_exps)");
+    }
+
+    if (!ml.get_key(LLM_KV_LEADING_DENSE_BLOCK_COUNT, hparams.n_layer_dense_lead, !has_tensors)) {
+        hparams.n_layer_dense_lead = *routers.begin();
+    }
+
+    ml.get_key(LLM_KV_MOE_EVERY_N_LAYERS, hparams.moe_every_n_layers, false);
+    hparams.moe_every_n_layers = std::max(hparams.moe_every_n_layers, 1u);
+
+    // without the key: every pool but the last has as many layers as lie between the first two
+    if (!ml.get_key(LLM_KV_EXPERTS_SHARED_FREQUENCY, hparams.experts_shared_frequency, !has_tensors)) {
+        hparams.experts_shared_frequency = pools.size() > 1 ? *std::next(pools.begin()) - *pools.begin() : n_layer;
+    }
+    if (hparams.experts_shared_frequency == 0 || hparams.experts_shared_frequency > LLAMA_MAX_LAYERS) {
+        refuse(format("experts_shared_frequency = %u, expected 1 to %d", hparams.experts_shared_frequency, LLAMA_MAX_LAYERS));
+    }
+
+    std::set<int> want_routers;
+    std::set<int> want_pools;
+    for (int il = 0; il < n_layer; ++il) {
+        if (is_moe(il)) {
+            want_routers.insert(il);
+            want_pools.insert(pool_layer(il));
+        }
+    }
+    if (want_routers.empty()) {
+        refuse(format("leading_dense_block_count = %u leaves no layer of %d with experts", hparams.n_layer_dense_lead, n_layer));
+    }
+    for (const int il : want_pools) {
+        if (!is_moe(il)) {
+            refuse(format("moe_every_n_layers = %u makes layer %d dense, which should hold the expert pool of its group",
+                    hparams.moe_every_n_layers, il));
+        }
+    }
+    if (has_tensors && routers != want_routers) {
+        refuse(format("leading_dense_block_count = %u and moe_every_n_layers = %u put routers (ffn_gate_inp) in layers %s, "
+                "but the file has them in layers %s", hparams.n_layer_dense_lead, hparams.moe_every_n_layers,
+                layers_str(want_routers).c_str(), layers_str(routers).c_str()));
+    }
+    if (has_tensors && pools != want_pools) {
+        refuse(format("experts_shared_frequency = %u puts expert pools (ffn_gate_exps) in layers %s, "
+                "but the file has them in layers %s", hparams.experts_shared_frequency,
+                layers_str(want_pools).c_str(), layers_str(pools).c_str()));
+    }
+
+    hparams.expert_pre_gate = true;
+    ml.get_key(LLM_KV_EXPERT_PRE_GATE, hparams.expert_pre_gate, false);
+
+    hparams.expert_gating_func = LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID;
+    ml.get_key(LLM_KV_EXPERT_GATING_FUNC, hparams.expert_gating_func, false);
+    if (hparams.expert_gating_func != LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID &&
+        hparams.expert_gating_func != LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX) {
+        refuse(format("expert_gating_func = %u, expected %d (softmax) or %d (sigmoid)", hparams.expert_gating_func,
+                LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX, LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID));
+    }
+
+    hparams.expert_weights_norm = true;
+    ml.get_key(LLM_KV_EXPERT_WEIGHTS_NORM, hparams.expert_weights_norm, false);
+    ml.get_key(LLM_KV_EXPERT_WEIGHTS_SCALE, hparams.expert_weights_scale, false); // 0: not scaled
+
+    // widths: without a key, what the tensors have
+    const auto width = [&](llm_tensor tensor, int il) -> uint32_t {
+        const ggml_tensor * t = ml.get_tensor_meta(LLM_TN(arch)(tensor, "weight", il).str().c_str());
+        return t ? t->ne[1] : 0;
+    };
+
+    if (!ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all, !has_tensors)) {
+        std::fill_n(hparams.n_ff_exp_arr.begin(), hparams.n_layer_all, width(LLM_TENSOR_FFN_GATE_EXPS, *pools.begin()));
+    }
+    if (!ml.get_key(LLM_KV_EXPERT_SHARED_FEED_FORWARD_LENGTH, hparams.n_ff_shexp, !has_tensors)) {
+        hparams.n_ff_shexp = width(LLM_TENSOR_FFN_GATE_SHEXP, *routers.begin());
+    }
+    ml.get_key(LLM_KV_EXPERT_SHARED_COUNT, hparams.n_expert_shared, false);
+
+    if (hparams.n_ff_exp() == 0) {
+        refuse("expert_feed_forward_length = 0");
+    }
+    if (hparams.n_expert == 0) {
+        refuse("expert_count is missing or 0");
+    }
+    if (hparams.n_head() == 0 || hparams.n_head_kv() == 0 || hparams.n_head() % hparams.n_head_kv() != 0) {
+        refuse(format("attention.head_count = %u is not a multiple of attention.head_count_kv = %u", hparams.n_head(), hparams.n_head_kv()));
+    }
+    if (hparams.n_embd_head_k() != hparams.n_embd_head_v()) {
+        refuse(format("attention.key_length = %u differs from attention.value_length = %u", hparams.n_embd_head_k(), hparams.n_embd_head_v()));
+    }
+    if (hparams.n_rot() == 0 || hparams.n_rot() % 2 != 0 || hparams.n_rot() > hparams.n_embd_head_k()) {
+        refuse(format("rope.dimension_count = %u, expected an even number up to attention.key_length = %u", hparams.n_rot(), hparams.n_embd_head_k()));
+    }
+    if (hparams.n_expert_groups > 1 &&
+            (hparams.n_expert/hparams.n_expert_groups < 2 ||
+             hparams.n_expert/hparams.n_expert_groups*hparams.n_group_used < hparams.n_expert_used())) {
+        refuse(format("expert_group_used_count = %u of expert_group_count = %u groups cannot supply expert_used_count = %u of expert_count = %u",
+                hparams.n_group_used, hparams.n_expert_groups, hparams.n_expert_used(), hparams.n_expert));
+    }
+
+    type = n_layer == 31 ? LLM_TYPE_A3B : LLM_TYPE_UNKNOWN;
+}
+
+//
+// tensors
+//
+
+void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
+    LLAMA_LOAD_LOCALS;
+
+    // refuse what would only fail in a kernel, later and without a name
+    for (const auto & [name, weight] : ml.weights_map) {
+        const ggml_type type   = weight.tensor->type;
+        const bool is_vector   = ggml_n_dims(weight.tensor) == 1;
+        const bool is_router   = name.find(".ffn_gate_inp.") != std::string::npos;
+        const bool is_float    = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+
+        if ((is_vector || is_router) && type != GGML_TYPE_F32) {
+            throw std::runtime_error(format("tensor '%s' has wrong type; expected f32, got %s", name.c_str(), ggml_type_name(type)));
+        }
+        if (!is_float && !ggml_is_quantized(type)) {
+            throw std::runtime_error(format("tensor '%s' has wrong type; expected a float or quantized type, got %s",
+                    name.c_str(), ggml_type_name(type)));
+        }
+    }
+
+    const auto n_embd_q  = n_embd_head_k*n_head;
+    const auto n_ff_exp  = hparams.n_ff_exp();
+    const auto n_ff_shexp = hparams.n_ff_shexp;
+
+    tok_embd = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
+
+    output_norm = create_tensor(tn(LLM_TENSOR_OUTPUT_NORM, "weight"), {n_embd}, 0);
+    output      = create_tensor(tn(LLM_TENSOR_OUTPUT,      "weight"), {n_embd, n_vocab}, TENSOR_NOT_REQUIRED);
+    if (output == nullptr) {
+        output = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, TENSOR_DUPLICATED);
+    }
+
+    for (int i = 0; i < n_layer; ++i) {
+        auto & layer = layers[i];
+
+        layer.attn_norm = create_tensor(tn(LLM_TENSOR_ATTN_NORM, "weight", i), {n_embd}, 0);
+        create_tensor_qkv(layer, i, n_embd, n_embd_q, n_embd_k_gqa, n_embd_v_gqa, 0);
+        layer.wo        = create_tensor(tn(LLM_TENSOR_ATTN_OUT,  "weight", i), {n_embd_q, n_embd}, 0);
+        layer.wo_b      = create_tensor(tn(LLM_TENSOR_ATTN_OUT,  "bias",   i), {n_embd}, TENSOR_NOT_REQUIRED);
+        layer.ffn_norm  = create_tensor(tn(LLM_TENSOR_FFN_NORM,  "weight", i), {n_embd}, 0);
+
+        if (!is_moe(i)) {
+            layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", i), {n_embd,   n_ff}, 0);
+            layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP,   "weight", i), {n_embd,   n_ff}, 0);
+            layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", i), {  n_ff, n_embd}, 0);
+            continue;
+        }
+
+        layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP,    "weight", i), {n_embd, n_expert}, 0);
+        layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias",   i), {n_expert}, TENSOR_NOT_REQUIRED);
+
+        if (const int owner = pool_layer(i); owner == i) {
+            layer.ffn_gate_exps = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS, "weight", i), {  n_embd, n_ff_exp, n_expert}, 0);
+            layer.ffn_up_exps   = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS,   "weight", i), {  n_embd, n_ff_exp, n_expert}, 0);
+            layer.ffn_down_exps = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS, "weight", i), {n_ff_exp,   n_embd, n_expert}, 0);
+        } else {
+            layer.ffn_gate_exps = layers[owner].ffn_gate_exps;
+            layer.ffn_up_exps   = layers[owner].ffn_up_exps;
+            layer.ffn_down_exps = layers[owner].ffn_down_exps;
+        }
+
+        if (n_ff_shexp > 0) {
+            layer.ffn_gate_shexp = create_tensor(tn(LLM_TENSOR_FFN_GATE_SHEXP, "weight", i), {    n_embd, n_ff_shexp}, 0);
+            layer.ffn_up_shexp   = create_tensor(tn(LLM_TENSOR_FFN_UP_SHEXP,   "weight", i), {    n_embd, n_ff_shexp}, 0);
+            layer.ffn_down_shexp = create_tensor(tn(LLM_TENSOR_FFN_DOWN_SHEXP, "weight", i), {n_ff_shexp,     n_embd}, 0);
+        }
+    }
+}
+
+//
+// graph
+//
+
+std::unique_ptr<llm_graph_context> llama_model_megrez_moe::build_arch_graph(const llm_graph_params & params) const {
+    return std::make_unique<graph>(*this, params);
+}
+
+// F16 kernels narrow the activations they multiply, and those entering a down projection can exceed F16's range
+// (65504). There, divide each row by its root mean square, at most sqrt(n_ff) away from its largest element, and
+// multiply the product by it again. GGML_PREC_F32 on src1 would not do: the CPU backend does not honour it, and
+// CUDA and Vulkan would hand the whole product back to the CPU.
+struct rescaled_row {
+    ggml_tensor * cur;   // [n, ...]
+    ggml_tensor * scale; // [1, ...], or null where no scaling is needed
+};
+
+static rescaled_row rescale_for(const ggml_tensor * w, ggml_tensor * cur, ggml_context * ctx) {
+    if (w->type != GGML_TYPE_F16) {
+        return { cur, nullptr };
+    }
+
+    constexpr float eps = 1e-12f; // keeps a row of zeros finite; cancels otherwise
+
+    ggml_tensor * sum   = ggml_sum_rows(ctx, ggml_sqr(ctx, cur));
+    ggml_tensor * scale = ggml_sqrt(ctx, ggml_scale_bias(ctx, sum, 1.0f/cur->ne[0], eps));
+
+    return { ggml_rms_norm(ctx, cur, eps), scale };
+}
+
+llama_model_megrez_moe::graph::routing llama_model_megrez_moe::graph::build_routing(
+        const llama_layer & layer, ggml_tensor * h, int il) {
+    const int64_t n_tokens = h->ne[1];
+
+    ggml_tensor * logits = build_lora_mm(layer.ffn_gate_inp, h); // [n_expert, n_tokens]
+    ggml_prec_set_acc(logits, GGML_PREC_F32);
+    cb(logits, "ffn_moe_logits", il);
+
+    const bool is_softmax = hparams.expert_gating_func == LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX;
+
+    ggml_tensor * probs = is_softmax ? ggml_soft_max(ctx0, logits) : ggml_sigmoid(ctx0, logits);
+    cb(probs, "ffn_moe_probs", il);
+
+    // the bias takes part in the selection only: the weights below come from the unbiased probs
+    ggml_tensor * selection = probs;
+    if (layer.ffn_exp_probs_b) {
+        selection = ggml_add(ctx0, probs, layer.ffn_exp_probs_b);
+        cb(selection, "ffn_moe_probs_biased", il);
+    }
+
+    // group-limited routing as in DeepSeek-V3: a group scores the sum of its best two, the losers are masked
+    const int64_t n_group = hparams.n_expert_groups;
+    if (n_group > 1 && n_tokens > 0) {
+        const int64_t n_per_group = n_expert/n_group;
+
+        ggml_tensor * groups = ggml_reshape_3d(ctx0, selection, n_per_group, n_group, n_tokens);
+        ggml_tensor * best   = ggml_argsort_top_k(ctx0, groups, 2);                                                   // [2, n_group, n_tokens]
+        ggml_tensor * scores = ggml_get_rows(ctx0, ggml_reshape_4d(ctx0, groups, 1, n_per_group, n_group, n_tokens), best); // [1, 2, n_group, n_tokens]
+
+        scores = ggml_sum_rows(ctx0, ggml_reshape_3d(ctx0, scores, 2, n_group, n_tokens));                            // [1, n_group, n_tokens]
+        scores = ggml_reshape_2d(ctx0, scores, n_group, n_tokens);
+
+        ggml_tensor * winners = ggml_argsort_top_k(ctx0, scores, hparams.n_group_used);                               // [n_group_used, n_tokens]
+        cb(winners, "ffn_moe_group_topk", il);
+
+        selection = ggml_set_rows(ctx0, ggml_fill(ctx0, groups, -INFINITY), ggml_get_rows(ctx0, groups, winners), winners);
+        selection = ggml_reshape_2d(ctx0, selection, n_expert, n_tokens);
+        cb(selection, "ffn_moe_probs_masked", il);
+    }
+
+    ggml_tensor * ids = ggml_argsort_top_k(ctx0, selection, n_expert_used); // [n_expert_used, n_tokens]
+    cb(ids->src[0], "ffn_moe_argsort", il);
+    cb(ids, "ffn_moe_topk", il);
+
+    ggml_tensor * weights = ggml_get_rows(ctx0, ggml_reshape_3d(ctx0, probs, 1, n_expert, n_tokens), ids); // [1, n_expert_used, n_tokens]
+    cb(weights, "ffn_moe_weights", il);
+
+    if (hparams.expert_weights_norm) {
+        weights = ggml_reshape_2d(ctx0, weights, n_expert_used, n_tokens);
+
+        ggml_tensor * sum = ggml_sum_rows(ctx0, weights); // [1, n_tokens]
+        cb(sum, "ffn_moe_weights_sum", il);
+
+        // the smallest normal F16, as in build_moe_ffn: backends match this sequence to fuse it
+        sum = ggml_clamp(ctx0, sum, 6.103515625e-5, INFINITY);
+        cb(sum, "ffn_moe_weights_sum_clamped", il);
+
+        weights = ggml_div(ctx0, weights, sum);
+        cb(weights, "ffn_moe_weights_norm", il);
+
+        weights = ggml_reshape_3d(ctx0, weights, 1, n_expert_used, n_tokens);
+    }
+    if (hparams.expert_weights_scale != 0.0f && hparams.expert_weights_scale != 1.0f) {
+        weights = ggml_scale(ctx0, weights, hparams.expert_weights_scale);
+        cb(weights, "ffn_moe_weights_scaled", il);
+    }
+
+    // into the graph at once: with pre-gating that is a whole FFN and attention before the experts run
+    ggml_build_forward_expand(gf, weights);
+
+    return { ids, weights };
+}
+
+// build_moe_ffn without its routing; it would build the routing here, next to the experts
+ggml_tensor * llama_model_megrez_moe::graph::build_experts(
+        const llama_layer & layer, const routing & route, ggml_tensor * cur, int il) {
+    const int64_t n_tokens = cur->ne[1];
+
+    cur = ggml_reshape_3d(ctx0, cur, n_embd, 1, n_tokens);
+
+    ggml_tensor * up = build_lora_mm_id(layer.ffn_up_exps, cur, route.ids); // [n_ff_exp, n_expert_used, n_tokens]
+    cb(up, "ffn_moe_up", il);
+
+    ggml_tensor * gate = build_lora_mm_id(layer.ffn_gate_exps, cur, route.ids);
+    cb(gate, "ffn_moe_gate", il);
+
+    cur = ggml_swiglu_split(ctx0, gate, up);
+    cb(cur, "ffn_moe_swiglu", il);
+
+    const auto [row, scale] = rescale_for(layer.ffn_down_exps, cur, ctx0);
+
+    ggml_tensor * experts = build_lora_mm_id(layer.ffn_down_exps, row, route.ids); // [n_embd, n_expert_used, n_tokens]
+    cb(experts, "ffn_moe_down", il);
+
+    experts = ggml_mul(ctx0, experts, scale ? ggml_mul(ctx0, route.weights, scale) : route.weights);
+    cb(experts, "ffn_moe_weighted", il);
+    ggml_build_forward_expand(gf, experts);
+
+    // order the views before the adds; warm-up computes every expert and still sums only those in use
+    const int64_t n_used = hparams.n_expert_used(il);
+
+    std::vector<ggml_tensor *> views(n_used);
+    for (int64_t i = 0; i < n_used; ++i) {
+        views[i] = ggml_view_2d(ctx0, experts, n_embd, n_tokens, experts->nb[2], i*experts->nb[1]);
+        ggml_build_forward_expand(gf, views[i]);
+    }
+
+    ggml_tensor * out = views[0];
+    for (int64_t i = 1; i < n_used; ++i) {
+        out = ggml_add(ctx0, out, views[i]);
+        ggml_build_forward_expand(gf, out);
+    }
+    if (n_used == 1) {
+        out = ggml_cont(ctx0, out);
+    }
+    cb(out, "ffn_moe_out", il);
+
+    return out;
+}
+
+ggml_tensor * llama_model_megrez_moe::graph::build_mlp(
+        ggml_tensor * gate, ggml_tensor * up, ggml_tensor * down, ggml_tensor * cur, int il) {
+    cur = build_ffn(cur,
+            up,      nullptr, nullptr,
+            gate,    nullptr, nullptr,
+            nullptr, nullptr, nullptr,
+            nullptr, LLM_FFN_SILU, LLM_FFN_PAR, il);
+
+    const auto [row, scale] = rescale_for(down, cur, ctx0);
+
+    cur = build_lora_mm(down, row);
+
+    return scale ? ggml_mul(ctx0, cur, scale) : cur;
+}
+
+llama_model_megrez_moe::graph::graph(const llama_model_megrez_moe & model, const llm_graph_params & params) :
+    llm_graph_context(params) {
+    const int64_t n_embd_head = hparams.n_embd_head_k();
+
+    ggml_tensor * inpL        = build_inp_embd(model.tok_embd);
+    ggml_tensor * inp_pos     = build_inp_pos();
+    auto        * inp_attn    = build_attn_inp_kv();
+    ggml_tensor * inp_out_ids = build_inp_out_ids();
+
+    const auto is_routed_early = [&](int il) {
+        return hparams.expert_pre_gate && il > 0 && il < n_layer && model.is_moe(il);
+    };
+
+    routing route_next = {};
+
+    for (int il = 0; il < n_layer; ++il) {
+        const auto & layer = model.layers[il];
+
+        const routing route_early = route_next;
+
+        ggml_tensor * inpSA = inpL;
+
+        ggml_tensor * cur = build_norm(inpL, layer.attn_norm, nullptr, LLM_NORM_RMS, il);
+        cb(cur, "attn_norm", il);
+
+        {
+            auto [Qcur, Kcur, Vcur] = build_qkv(layer, cur, n_embd_head, n_head, n_head_kv, il);
+
+            Qcur = ggml_rope_ext(ctx0, Qcur, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale,
+                                 ext_factor, attn_factor, beta_fast, beta_slow);
+            Kcur = ggml_rope_ext(ctx0, Kcur, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale,
+                                 ext_factor, attn_factor, beta_fast, beta_slow);
+            cb(Qcur, "Qcur", il);
+            cb(Kcur, "Kcur", il);
+            cb(Vcur, "Vcur", il);
+
+            cur = build_attn(inp_attn,
+                    layer.wo, layer.wo_b, layer.wo_s,
+                    Qcur, Kcur, Vcur, nullptr, nullptr, nullptr, 1.0f/sqrtf(float(n_embd_head)), il);
+        }
+
+        // the last layer computes only the rows whose output is asked for
+        if (il == n_layer - 1 && inp_out_ids) {
+            cur   = ggml_get_rows(ctx0, cur,   inp_out_ids);
+            inpSA = ggml_get_rows(ctx0, inpSA, inp_out_ids);
+        }
+
+        ggml_tensor * ffn_inp = ggml_add(ctx0, cur, inpSA);
+        cb(ffn_inp, "ffn_inp", il);
+
+        ggml_tensor * h = build_norm(ffn_inp, layer.ffn_norm, nullptr, LLM_NORM_RMS, il);
+        cb(h, "ffn_norm", il);
+
+        // PRE-GATE: the next layer's experts follow from this layer's h
+        if (is_routed_early(il + 1)) {
+            ggml_tensor * r = il + 1 == n_layer - 1 && inp_out_ids ? ggml_get_rows(ctx0, h, inp_out_ids) : h;
+
+            route_next = build_routing(model.layers[il + 1], r, il + 1);
+        }
+
+        if (model.is_moe(il)) {
+            const routing route = is_routed_early(il) ? route_early : build_routing(layer, h, il);
+
+            cur = build_experts(layer, route, h, il);
+
+            if (layer.ffn_up_shexp) {
+                ggml_tensor * shexp = build_mlp(layer.ffn_gate_shexp, layer.ffn_up_shexp, layer.ffn_down_shexp, h, il);
+                cb(shexp, "ffn_shexp", il);
+
+                cur = ggml_add(ctx0, cur, shexp);
+            }
+        } else {
+            cur = build_mlp(layer.ffn_gate, layer.ffn_up, layer.ffn_down, h, il);
+        }
+        cb(cur, "ffn_out", il);
+
+        cur = ggml_add(ctx0, cur, ffn_inp);
+        cur = build_cvec(cur, il);
+        cb(cur, "l_out", il);
+
+        inpL = cur;
+    }
+
+    ggml_tensor * cur = build_norm(inpL, model.output_norm, nullptr, LLM_NORM_RMS, -1);
+    cb(cur, "result_norm", -1);
+    res->t_embd = cur;
+
+    cur = build_lora_mm(model.output, cur, model.output_s);
+    cb(cur, "result_output", -1);
+    res->t_logits = cur;
+
+    ggml_build_forward_expand(gf, cur);
+}
