@@ -322,7 +322,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "NFC"},
+        "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": byte_level,
         "decoder": byte_level,

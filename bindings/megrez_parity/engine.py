@@ -1,0 +1,174 @@
+"""llama.cpp as the parity checks need it: exact settings, logits of every position, quantizing.
+
+Levels are compared for their weights, so everything else is kept exact: CPU only, a float32 KV
+cache, no flash attention. Activations are still narrowed by the kernels of the weights' type, as
+in any run of such a file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megrez_gguf.errors import GGUFError, MegrezError, OutputError, RuntimeUnavailableError
+
+INSTALL = "install the patched one: pip install ./bindings/llama-cpp-python"
+
+
+def load_llama_cpp() -> ModuleType:
+    """The `llama_cpp` module. Raises RuntimeUnavailableError when it is not installed."""
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as e:
+        raise RuntimeUnavailableError(f"llama_cpp cannot be imported ({e}); {INSTALL}") from None
+    module: ModuleType = llama_cpp
+    return module
+
+
+@contextmanager
+def _errors(llama: ModuleType) -> Iterator[list[str]]:
+    """Collects llama.cpp's error lines, and keeps the rest of its log off the terminal."""
+    lines: list[str] = []
+
+    def collect(level: int, text: bytes, _: Any) -> None:
+        if level == 4:  # GGML_LOG_LEVEL_ERROR
+            lines.append(text.decode("utf-8", "replace").strip())
+
+    callback = llama.llama_log_callback(collect)
+    llama.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama.llama_log_set(llama._logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def _failure(path: Path, doing: str, lines: list[str]) -> MegrezError:
+    reason = "; ".join(dict.fromkeys(lines)) or "llama.cpp gives no reason"
+    if "unknown model architecture" in reason:
+        return RuntimeUnavailableError(
+            f"this llama_cpp does not know the architecture of {path.name} ({reason}); {INSTALL}"
+        )
+    return GGUFError(f"{path}: llama.cpp cannot {doing} it: {reason}")
+
+
+class Engine:
+    """One GGUF file, loaded to give the logits of whole windows of at most `context` tokens.
+
+    A context manager; the model is freed on leaving. Raises GGUFError when the file cannot be
+    loaded, RuntimeUnavailableError when llama_cpp is missing or not the patched one.
+    """
+
+    def __init__(self, path: Path, context: int) -> None:
+        self.path, self.context = path, context
+        self._llama = llama = load_llama_cpp()
+        self._model = self._context = None
+        with _errors(llama) as lines:
+            params = llama.llama_model_default_params()
+            params.n_gpu_layers = 0
+            self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
+            if not self._model:
+                raise _failure(path, "load", lines)
+            self._context = llama.llama_init_from_model(self._model, self._context_params())
+            if not self._context:
+                self.close()
+                raise _failure(path, f"make a context of {context} tokens for", lines)
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        self.vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
+
+    def _context_params(self) -> Any:
+        llama = self._llama
+        params = llama.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = self.context
+        params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.type_k = params.type_v = llama.GGML_TYPE_F32
+        params.offload_kqv = params.op_offload = False
+        return params
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        with _errors(self._llama):
+            if self._context:
+                self._llama.llama_free(self._context)
+            if self._model:
+                self._llama.llama_model_free(self._model)
+        self._model = self._context = None
+
+    @property
+    def bos(self) -> int | None:
+        """The token every window starts with, if the file asks for one."""
+        if not self._llama.llama_vocab_get_add_bos(self._vocab):
+            return None
+        return int(self._llama.llama_vocab_bos(self._vocab))
+
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Token ids of plain `text` (special tokens in it are text), without BOS or EOS."""
+        raw = text.encode("utf-8")
+        room = len(raw) + 8
+        ids = (ctypes.c_int32 * room)()
+        count = self._llama.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, False)
+        if count < 0:
+            raise GGUFError(f"{self.path}: its tokenizer needs more tokens than a text has bytes")
+        return np.array(ids[:count], dtype=np.int32)
+
+    def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Logits `[S, V]` of all positions of a fresh sequence `tokens` `[S]`.
+
+        Raises GGUFError when llama.cpp fails to decode, ValueError for more than `context` tokens.
+        """
+        llama, length = self._llama, len(tokens)
+        if not 0 < length <= self.context:
+            raise ValueError(f"{length} tokens for a context of {self.context}")
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        batch = llama.llama_batch_init(length, 0, 1)
+        try:
+            batch.n_tokens = length
+            for i, token in enumerate(tokens.tolist()):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, i, True
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            with _errors(llama) as lines:
+                if llama.llama_decode(self._context, batch) != 0:
+                    raise _failure(self.path, "decode with", lines)
+                pointer = llama.llama_get_logits(self._context)
+            view = np.ctypeslib.as_array(pointer, shape=(length, self.vocab_size))
+            return view.astype(np.float32, copy=True)
+        finally:
+            llama.llama_batch_free(batch)
+
+
+def quantize(source: Path, target: Path, kind: str) -> None:
+    """Write `source` quantized by llama.cpp's own quantizer, e.g. to `kind` "q4_k_m", as `target`.
+
+    Raises OutputError when the quantizer fails.
+    """
+    llama = load_llama_cpp()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = getattr(llama, "LLAMA_FTYPE_MOSTLY_" + kind.upper())
+    params.nthread = os.cpu_count() or 1
+    with _errors(llama) as lines:
+        status = llama.llama_model_quantize(
+            os.fsencode(source), os.fsencode(target), ctypes.byref(params)
+        )
+    if status != 0:
+        target.unlink(missing_ok=True)
+        reason = "; ".join(dict.fromkeys(lines)) or f"status {status}"
+        raise OutputError(f"{target}: quantizing {source.name} to {kind} failed: {reason}")
