@@ -126,7 +126,7 @@ TABLE: tuple[Rule, ...] = (
         _B + "attn_output.bias",
         _HIDDEN,
         "attention",
-        "bias",
+        "layer",
         True,
         optional=True,
     ),

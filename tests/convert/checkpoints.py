@@ -1,0 +1,126 @@
+"""Ways to make, read and damage tiny checkpoints, and the command line in process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from typer.testing import CliRunner, Result
+
+from megrez_gguf.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_script(name: str) -> ModuleType:
+    """Import `scripts/NAME.py`, which is no package."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+# Two leading dense layers, a full group of two and a short last one; every size is different.
+TINY: dict[str, Any] = {
+    "architectures": ["MegrezMoeForCausalLM"],
+    "experts_shared_frequency": 2,
+    "first_k_dense_replace": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "model_type": "megrez_moe",
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 3,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "pre_gate": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5000000.0,
+    "vocab_size": 320,
+}
+
+Make = Callable[..., Path]
+Entry = tuple[str, tuple[int, ...], bytes]
+
+
+def read_shard(path: Path) -> dict[str, Entry]:
+    """Tensor name -> (dtype, shape, bytes)."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    body = data[8 + length :]
+    return {
+        name: (e["dtype"], tuple(e["shape"]), body[slice(*e["data_offsets"])])
+        for name, e in header.items()
+        if name != "__metadata__"
+    }
+
+
+def write_shard(path: Path, tensors: dict[str, Entry]) -> None:
+    header, body = {}, b""
+    for name, (dtype, shape, data) in tensors.items():
+        end = len(body) + len(data)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), end]}
+        body += data
+    write_raw_shard(path, header, body)
+
+
+def write_raw_shard(path: Path, header: Any, body: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_all(folder: Path) -> dict[str, Entry]:
+    return {name: entry for path in shards(folder) for name, entry in read_shard(path).items()}
+
+
+def merge(folder: Path, edit: Callable[[dict[str, Entry]], Any] = lambda tensors: None) -> Path:
+    """Rewrite the checkpoint as one shard without an index, after `edit(tensors)` in place."""
+    tensors = read_all(folder)
+    edit(tensors)
+    for path in shards(folder):
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    write_shard(folder / "model.safetensors", tensors)
+    return folder
+
+
+def edit_json(path: Path, edit: Callable[[Any], Any]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    result = edit(content)
+    path.write_text(json.dumps(content if result is None else result), encoding="utf-8")
+
+
+def bf16(values: Any) -> bytes:
+    """Truncate to bfloat16; exact for the round numbers tests use."""
+    return (np.asarray(values, dtype="<f4").view("<u4") >> 16).astype("<u2").tobytes()
+
+
+def as_f32(entry: Entry) -> np.ndarray[Any, Any]:
+    dtype, shape, data = entry
+    if dtype == "BF16":
+        flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        flat = np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype("<f4")
+    return flat.reshape(shape)
+
+
+def cli(*args: Any) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, [str(a) for a in args])
