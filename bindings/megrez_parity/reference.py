@@ -245,6 +245,12 @@ class CheckpointWeights(Mapping[str, Tensor]):
                 raise CheckpointError(f"{path}: cannot be read as safetensors: {e}") from None
             self._home.update(dict.fromkeys(shard.keys(), shard))
 
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        shapes = (shard.get_slice(name).get_shape() for name, shard in self._home.items())
+        return sum(map(math.prod, shapes))
+
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor.to(self.dtype)

@@ -137,6 +137,51 @@ def inspect(
     typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else render(report))
 
 
+@app.command()
+def parity(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated.  [default: f32,bf16,f16,q8_0,q6_k,q5_k_m,q4_k_m,q4_0]"),
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option("--gguf", help="Judge this file of the checkpoint, too; repeatable."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout*.txt at CKPT]"),
+    ] = None,
+    ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows a text, from its start.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Compare a checkpoint's GGUF levels with a torch reference.
+
+    Converts to each level, runs the patched llama.cpp on the CPU, and prints file size, NMSE of
+    logits, KL divergence, same-top-p and perplexity. Exits 1 when a level misses its threshold.
+    With --gguf and without --levels nothing is converted.
+
+    \b
+    Examples:
+      megrez-gguf parity tests/data/pocket
+      megrez-gguf parity Megrez2-3x7B-A3B --levels q4_k_m,q4_0 --text novel.txt --windows 2
+      megrez-gguf parity Megrez2-3x7B-A3B --gguf megrez2-q4.gguf --text novel.txt --json
+    """
+    from megrez_gguf.errors import ThresholdError
+    from megrez_parity.harness import LEVELS, measure
+    from megrez_parity.report import print_table
+
+    wanted = levels.split(",") if levels is not None else () if gguf else LEVELS
+    report = measure(checkpoint, wanted, text or (), ctx, windows, gguf or (), _say)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), ensure_ascii=False))
+    else:
+        print_table(report)
+    if report.misses:
+        raise ThresholdError("; ".join(report.misses))
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr; nothing when stderr is no terminal."""
