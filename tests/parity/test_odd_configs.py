@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from odd_configs import CASES, THRESHOLD, Case, measure, random_case
 
 
