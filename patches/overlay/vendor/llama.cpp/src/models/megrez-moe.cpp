@@ -46,6 +46,8 @@ void llama_model_megrez_moe::load_arch_hparams(llama_model_loader & ml) {
     };
 
     ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
+    ml.get_key(LLM_KV_ROPE_SCALING_YARN_BETA_FAST, hparams.yarn_beta_fast, false);
+    ml.get_key(LLM_KV_ROPE_SCALING_YARN_BETA_SLOW, hparams.yarn_beta_slow, false);
 
     const auto routers = layers_with(ml, LLM_TN(arch), LLM_TENSOR_FFN_GATE_INP,  n_layer);
     const auto pools   = layers_with(ml, LLM_TN(arch), LLM_TENSOR_FFN_GATE_EXPS, n_layer);
