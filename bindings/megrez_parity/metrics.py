@@ -72,8 +72,10 @@ class Comparison:
         p, q = log_softmax(p), log_softmax(q)
         # Each term p log(p / q) + q - p is at least 0 and the terms sum to the divergence, so close
         # distributions do not cancel to noise as sum(p log(p / q)) does.
-        delta = q - p
-        self._kld += (np.exp(p) * (np.expm1(delta) - delta)).sum(-1).tolist()
+        delta, prob = q - p, np.exp(p)
+        close = prob * (np.expm1(np.minimum(delta, 1)) - delta)
+        far = np.exp(q) - prob - prob * delta  # where exp(delta) might overflow
+        self._kld += np.where(delta < 1, close, far).sum(-1).tolist()
         pick = (np.arange(len(targets)), targets)
         self._nll += (-q[pick]).tolist()
         self._reference_nll += (-p[pick]).tolist()
@@ -84,15 +86,17 @@ class Comparison:
             raise ValueError("nothing was compared")
         kld = np.array(self._kld)
         nll, reference_nll = np.mean(self._nll), np.mean(self._reference_nll)
+        with np.errstate(over="ignore"):  # a perplexity beyond float64 is infinite
+            perplexities = np.exp([nll, reference_nll, nll - reference_nll]).tolist()
         return Metrics(
             nmse=self._error / self._power if self._power else float("nan"),
             mean_kld=float(kld.mean()),
             kld_99=float(np.percentile(kld, 99)),
             max_kld=float(kld.max()),
             same_top_p=self._same_top / len(kld),
-            perplexity=float(np.exp(nll)),
-            reference_perplexity=float(np.exp(reference_nll)),
-            perplexity_ratio=float(np.exp(nll - reference_nll)),
+            perplexity=perplexities[0],
+            reference_perplexity=perplexities[1],
+            perplexity_ratio=perplexities[2],
             positions=len(kld),
         )
 
