@@ -18,19 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megrez_gguf.errors import GGUFError, MegrezError, OutputError, RuntimeUnavailableError
-
-INSTALL = "install the patched one: pip install ./bindings/llama-cpp-python"
-
-
-def load_llama_cpp() -> ModuleType:
-    """The `llama_cpp` module. Raises RuntimeUnavailableError when it is not installed."""
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as e:
-        raise RuntimeUnavailableError(f"llama_cpp cannot be imported ({e}); {INSTALL}") from None
-    module: ModuleType = llama_cpp
-    return module
+from megrez_gguf.errors import GGUFError, OutputError
+from megrez_runtime.patched import require_patched
 
 
 @contextmanager
@@ -50,38 +39,39 @@ def _errors(llama: ModuleType) -> Iterator[list[str]]:
         llama.llama_log_set(llama._logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-def _failure(path: Path, doing: str, lines: list[str]) -> MegrezError:
+def _failure(path: Path, doing: str, lines: list[str]) -> GGUFError:
     reason = "; ".join(dict.fromkeys(lines)) or "llama.cpp gives no reason"
-    if "unknown model architecture" in reason:
-        return RuntimeUnavailableError(
-            f"this llama_cpp does not know the architecture of {path.name} ({reason}); {INSTALL}"
-        )
     return GGUFError(f"{path}: llama.cpp cannot {doing} it: {reason}")
 
 
 class Engine:
     """One GGUF file, loaded to give the logits of whole windows of at most `context` tokens.
 
-    A context manager; the model is freed on leaving. Raises GGUFError when the file cannot be
-    loaded, RuntimeUnavailableError when llama_cpp is missing or not the patched one.
+    A context manager; the model is freed on leaving. Raises GGUFError when the file is missing or
+    cannot be loaded, RuntimeUnavailableError when llama_cpp is missing or not the patched one.
     """
 
     def __init__(self, path: Path, context: int) -> None:
         self.path, self.context = path, context
-        self._llama = llama = load_llama_cpp()
-        self._model = self._context = None
+        self._llama = llama = require_patched()
+        self._context: Any = None
+        if not path.is_file():
+            raise GGUFError(f"{path}: no such file")
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = 0
         with _errors(llama) as lines:
-            params = llama.llama_model_default_params()
-            params.n_gpu_layers = 0
             self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
-            if not self._model:
-                raise _failure(path, "load", lines)
-            self._context = llama.llama_init_from_model(self._model, self._context_params())
-            if not self._context:
-                self.close()
-                raise _failure(path, f"make a context of {context} tokens for", lines)
+        if not self._model:
+            raise _failure(path, "load", lines)
         self._vocab = llama.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
+
+    def _make_context(self) -> None:
+        # Not at loading: a text too short for an absurd context should be the complaint.
+        with _errors(self._llama) as lines:
+            self._context = self._llama.llama_init_from_model(self._model, self._context_params())
+        if not self._context:
+            raise _failure(self.path, f"make a context of {self.context} tokens for", lines)
 
     def _context_params(self) -> Any:
         llama = self._llama
@@ -138,6 +128,8 @@ class Engine:
         llama, length = self._llama, len(tokens)
         if not 0 < length <= self.context:
             raise ValueError(f"{length} tokens for a context of {self.context}")
+        if not self._context:
+            self._make_context()
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
         batch = llama.llama_batch_init(length, 0, 1)
         try:
@@ -160,7 +152,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
 
     Raises OutputError when the quantizer fails.
     """
-    llama = load_llama_cpp()
+    llama = require_patched()
     params = llama.llama_model_quantize_default_params()
     params.ftype = getattr(llama, "LLAMA_FTYPE_MOSTLY_" + kind.upper())
     params.nthread = os.cpu_count() or 1

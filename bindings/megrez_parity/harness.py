@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -113,6 +113,7 @@ def measure(
         raise ConfigError(f"{windows} windows of {context} tokens: expected at least 1 of 4")
     config = ModelConfig.from_folder(checkpoint)
     texts = list(texts) or _default_texts(checkpoint)
+    contents = {path: _read(path) for path in texts}
     bounds = thresholds()
     results = []
     with tempfile.TemporaryDirectory(prefix="megrez-parity-") as temporary:
@@ -133,7 +134,7 @@ def measure(
                         f"checkpoint's {config.vocab_size}"
                     )
                 if not tokens:
-                    tokens = _windows(engine, texts, context, windows)
+                    tokens = _windows(engine, contents, context, windows)
                     say(f"reference: {len(tokens)} windows in {reference.dtype}")
                     reference.run(tokens)
                 say(f"{name}: {len(tokens)} windows in llama.cpp")
@@ -233,16 +234,19 @@ def _default_texts(checkpoint: Path) -> list[Path]:
     )
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+
+
 def _windows(
-    engine: Engine, texts: Sequence[Path], context: int, count: int
+    engine: Engine, texts: Mapping[Path, str], context: int, count: int
 ) -> list[NDArray[np.int32]]:
     """Consecutive windows of `context` tokens from the start of each text, at most `count` each."""
     found = []
-    for path in texts:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+    for path, text in texts.items():
         tokens = engine.tokenize(text)
         if len(tokens) < context:
             raise ConfigError(
