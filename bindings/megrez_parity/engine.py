@@ -44,6 +44,13 @@ def _failure(path: Path, doing: str, lines: list[str]) -> GGUFError:
     return GGUFError(f"{path}: llama.cpp cannot {doing} it: {reason}")
 
 
+def _threads() -> int:
+    """Processors this process may use; ggml's threads spin, so one too many is slow."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Engine:
     """One GGUF file, loaded to give the logits of whole windows of at most `context` tokens.
 
@@ -77,7 +84,7 @@ class Engine:
         llama = self._llama
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self.context
-        params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+        params.n_threads = params.n_threads_batch = _threads()
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.offload_kqv = params.op_offload = False
@@ -155,7 +162,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     llama = require_patched()
     params = llama.llama_model_quantize_default_params()
     params.ftype = getattr(llama, "LLAMA_FTYPE_MOSTLY_" + kind.upper())
-    params.nthread = os.cpu_count() or 1
+    params.nthread = _threads()
     with _errors(llama) as lines:
         status = llama.llama_model_quantize(
             os.fsencode(source), os.fsencode(target), ctypes.byref(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from megrez_gguf.errors import ConfigError, GGUFError, RuntimeUnavailableError
 from megrez_gguf.pipeline import OutType
 from megrez_parity.engine import Engine, quantize
 from megrez_parity.metrics import Comparison, Metrics
+from megrez_runtime.patched import require_patched
 
 try:
     import torch
@@ -75,6 +77,7 @@ class Report:
     windows: int
     reference_dtype: str
     reference_perplexity: float
+    made_with: dict[str, str]
     levels: list[LevelResult]
 
     @property
@@ -151,6 +154,7 @@ def measure(
         windows=len(tokens),
         reference_dtype=reference.dtype,
         reference_perplexity=results[0].metrics.reference_perplexity,
+        made_with=_made_with(),
         levels=results,
     )
 
@@ -222,6 +226,15 @@ def _level_of(path: Path) -> str:
     except (KeyError, ValueError):
         return ""
     return str(kind.name).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+
+
+def _made_with() -> dict[str, str]:
+    return {
+        "llama_cpp": str(require_patched().__version__),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
 
 
 def _default_texts(checkpoint: Path) -> list[Path]:

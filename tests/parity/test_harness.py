@@ -59,6 +59,7 @@ def test_every_level(
     assert report["passed"]
     assert report["windows"] == 2
     assert report["reference_dtype"] == "float64"
+    assert "+megrez." in report["made_with"]["llama_cpp"]
     by_level = {level["level"]: level for level in report["levels"]}
     sizes = [by_level[name]["file_bytes"] for name in ("f32", "bf16", "q8_0", "q4_0")]
     assert sizes == sorted(sizes, reverse=True)
