@@ -17,7 +17,7 @@ BUILD = (
 def compiler(folder: Path, name: str, version: str = "1") -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / name
-    path.write_text(f"#!/bin/sh\necho {name} {version}\n")
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {name} {version}\n')
     path.chmod(0o755)
     return path
 

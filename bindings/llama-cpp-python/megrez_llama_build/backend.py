@@ -59,8 +59,10 @@ def _environment(root: Path, settings: dict[str, Any]) -> dict[str, str]:
     )
     if not chosen and (ccache := shutil.which("ccache")):
         env.update(dict.fromkeys(launchers, ccache))
-    # The tree lies in a new temporary folder every time; its path must not defeat ccache.
-    env.update(CCACHE_BASEDIR=str(root), CCACHE_NOHASHDIR="1")
+    # Every build has a new temporary folder. So that its name does not defeat ccache, the build
+    # goes beside the source: then the paths between the two never change.
+    env["SKBUILD_BUILD_DIR"] = os.environ.get("SKBUILD_BUILD_DIR") or str(root.parent / "build")
+    env.update(CCACHE_BASEDIR=str(root.parent), CCACHE_NOHASHDIR="1")
     return env
 
 
