@@ -90,8 +90,8 @@ class _Reader:
             self.fail(f"GGUF version {version} is not supported; supported: {VERSIONS}")
         tensor_count = self.number("Q", "the tensor count")
         value_count = self.number("Q", "the key count")
-        # The shortest key takes 13 bytes and the shortest tensor entry 24.
-        if tensor_count * 24 + value_count * 13 > self.shard.size:
+        # The shortest key takes 13 bytes and the shortest tensor entry 32.
+        if tensor_count * 32 + value_count * 13 > self.shard.size - self.position:
             self.fail(
                 f"announces {tensor_count} tensors and {value_count} keys, more than its "
                 f"{self.shard.size} bytes can hold: damaged"

@@ -137,7 +137,7 @@ def sampling(generation: Mapping[str, Any]) -> KeyValues:
 
 
 def size_label(config: ModelConfig, parameters: int) -> str:
-    """How often each pool is used x weights stored - weights a token meets: "3x7.5B-A3.0B"."""
+    """How often each pool is used, weights stored, weights a token meets: "3x7.5B-A3.0B"."""
     return (
         f"{config.experts_shared_frequency}x{_rounded(parameters)}"
         f"-A{_rounded(active_parameters(config, parameters))}"
@@ -145,10 +145,14 @@ def size_label(config: ModelConfig, parameters: int) -> str:
 
 
 def active_parameters(config: ModelConfig, parameters: int) -> int:
-    """Weights used for one token, a shared pool counted once per layer that routes into it."""
+    """Weights used for one token, a shared pool counted once per layer that routes into it.
+
+    Embeddings and output are left out, as the model card leaves them out of its "A3B".
+    """
+    vocab = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     pools = len(config.pool_layers) * config.n_routed_experts * expert
-    return parameters - pools + len(config.moe_layers) * config.num_experts_per_tok * expert
+    return parameters - vocab - pools + len(config.moe_layers) * config.num_experts_per_tok * expert
 
 
 def _rounded(count: int) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import TINY, Make, load_script
+from checkpoints import TINY, Make
+
+from make_checkpoint import make_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +22,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = json.dumps([config, options], sort_keys=True)
         if key not in cache:
             folder = tmp_path_factory.mktemp("made") / "tiny"
-            load_script("make_checkpoint").make_checkpoint(config, folder, **options)
+            make_checkpoint(config, folder, **options)
             cache[key] = folder
         return cache[key]
 
