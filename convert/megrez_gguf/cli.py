@@ -51,7 +51,7 @@ app = typer.Typer(
 )
 
 
-class OutTypeOption(str, enum.Enum):
+class OutTypeOption(enum.StrEnum):
     """As `megrez_gguf.pipeline.OutType`, which is too heavy to import for --help."""
 
     auto = "auto"
@@ -63,9 +63,13 @@ class OutTypeOption(str, enum.Enum):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib import metadata
 
-        typer.echo(f"megrez-gguf {version('megrez-gguf')}")
+        try:
+            version = metadata.version("megrez-gguf")
+        except metadata.PackageNotFoundError:
+            version = "(run from its source, not installed)"
+        typer.echo(f"megrez-gguf {version}")
         raise typer.Exit
 
 
