@@ -74,7 +74,7 @@ def inspect(
     for its structure, GGUFError for a file that is damaged or no Megrez2 model.
     """
     path = Path(path)
-    if path.is_dir() or not path.exists():
+    if not path.is_file():
         report, sources = _checkpoint(path)
     else:
         report, sources = _gguf(path)

@@ -103,7 +103,7 @@ def convert(
         **vocabulary.key_values(),
     }
     path = Path(out) if out is not None else Path(f"{values['general.name']}-{main.name}.gguf")
-    _check_output(path, force)
+    _check_output(path, force, source)
     if plan.tied_copy:
         _check_equal(*plan.tied_copy)
 
@@ -292,15 +292,20 @@ class _Writer:
             self.progress(self.done, self.total)
 
 
-def _check_output(path: Path, force: bool) -> None:
-    if not path.parent.is_dir():
+def _check_output(path: Path, force: bool, source: Checkpoint) -> None:
+    # os.path, because pathlib raises for names the system cannot have.
+    if not os.path.isdir(path.parent):  # noqa: PTH112
         raise OutputError(f"{path}: the folder {path.parent} does not exist")
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         raise OutputError(f"{path}: is a folder; give the name of a file")
-    if os.path.lexists(path) and path.exists() and not path.is_file():
-        raise OutputError(f"{path}: is not a regular file")
-    if os.path.lexists(path) and not force:
+    if not os.path.lexists(path):
+        return
+    if not force:
         raise OutputError(f"{path}: exists; use --force to replace it")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is not a regular file")
+    if path.exists() and any(path.samefile(shard.path) for shard in source.shards):
+        raise OutputError(f"{path}: is part of the checkpoint; choose another output")
 
 
 def _check_space(path: Path, header: int, needed: int) -> None:
@@ -315,9 +320,7 @@ def _check_space(path: Path, header: int, needed: int) -> None:
 def _atomic(path: Path, force: bool) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name at the end, or vanishes."""
     try:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent
-        )
+        handle, name = tempfile.mkstemp(prefix=".megrez-gguf-", suffix=".part", dir=path.parent)
         os.close(handle)
     except OSError as e:
         raise OutputError(f"{path}: cannot be written: {e.strerror}") from None

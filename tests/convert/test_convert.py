@@ -292,6 +292,21 @@ def test_output_in_a_bad_place(checkpoint: Path, tmp_path: Path, name: str, mess
     assert message in result.stderr
 
 
+def test_output_must_not_replace_the_input(checkpoint: Path) -> None:
+    shard = shards(checkpoint)[0]
+    before = shard.read_bytes()
+    with pytest.raises(OutputError, match="is part of the checkpoint"):
+        megrez_gguf.convert(checkpoint, shard, force=True)
+    assert shard.read_bytes() == before
+
+
+def test_output_name_too_long(checkpoint: Path, tmp_path: Path) -> None:
+    result = cli("convert", checkpoint, "-o", tmp_path / ("x" * 300))
+    assert result.exit_code == 2
+    assert "cannot be written: File name too long" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_output_gets_usual_permissions(checkpoint: Path) -> None:
     umask = os.umask(0o027)
     try:
