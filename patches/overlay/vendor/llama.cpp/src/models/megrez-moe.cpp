@@ -1,11 +1,10 @@
 #include "models.h"
 
 #include <algorithm>
-#include <cinttypes>
 #include <set>
 
 bool llama_model_megrez_moe::is_moe(int il) const {
-    return il >= (int) hparams.n_layer_dense_lead && il % hparams.moe_every_n_layers == 0;
+    return il >= 0 && (uint32_t) il >= hparams.n_layer_dense_lead && il % hparams.moe_every_n_layers == 0;
 }
 
 int llama_model_megrez_moe::pool_layer(int il) const {
@@ -130,11 +129,22 @@ void llama_model_megrez_moe::load_arch_hparams(llama_model_loader & ml) {
     }
     ml.get_key(LLM_KV_EXPERT_SHARED_COUNT, hparams.n_expert_shared, false);
 
-    if (hparams.n_ff_exp() == 0) {
-        refuse("expert_feed_forward_length = 0");
+    if (!(hparams.f_norm_rms_eps >= 0.0f)) {
+        refuse(format("attention.layer_norm_rms_epsilon = %g, expected 0 or more", hparams.f_norm_rms_eps));
+    }
+    if (hparams.rope_scaling_type_train == LLAMA_ROPE_SCALING_TYPE_LONGROPE) {
+        refuse("rope.scaling.type = longrope, expected none, linear or yarn");
     }
     if (hparams.n_expert == 0) {
         refuse("expert_count is missing or 0");
+    }
+    for (int il = 1; il < n_layer; ++il) {
+        if (hparams.n_head(il) != hparams.n_head() || hparams.n_head_kv(il) != hparams.n_head_kv() ||
+            hparams.n_expert_used(il) != hparams.n_expert_used()) {
+            refuse(format("layer %d differs from layer 0 in attention.head_count, attention.head_count_kv or expert_used_count "
+                    "(%u, %u, %u, expected %u, %u, %u)", il, hparams.n_head(il), hparams.n_head_kv(il), hparams.n_expert_used(il),
+                    hparams.n_head(), hparams.n_head_kv(), hparams.n_expert_used()));
+        }
     }
     if (hparams.n_head() == 0 || hparams.n_head_kv() == 0 || hparams.n_head() % hparams.n_head_kv() != 0) {
         refuse(format("attention.head_count = %u is not a multiple of attention.head_count_kv = %u", hparams.n_head(), hparams.n_head_kv()));
@@ -145,9 +155,7 @@ void llama_model_megrez_moe::load_arch_hparams(llama_model_loader & ml) {
     if (hparams.n_rot() == 0 || hparams.n_rot() % 2 != 0 || hparams.n_rot() > hparams.n_embd_head_k()) {
         refuse(format("rope.dimension_count = %u, expected an even number up to attention.key_length = %u", hparams.n_rot(), hparams.n_embd_head_k()));
     }
-    if (hparams.n_expert_groups > 1 &&
-            (hparams.n_expert/hparams.n_expert_groups < 2 ||
-             hparams.n_expert/hparams.n_expert_groups*hparams.n_group_used < hparams.n_expert_used())) {
+    if (hparams.n_expert_groups > 1 && hparams.n_expert/hparams.n_expert_groups*hparams.n_group_used < hparams.n_expert_used()) {
         refuse(format("expert_group_used_count = %u of expert_group_count = %u groups cannot supply expert_used_count = %u of expert_count = %u",
                 hparams.n_group_used, hparams.n_expert_groups, hparams.n_expert_used(), hparams.n_expert));
     }
@@ -164,23 +172,19 @@ void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
 
     // refuse what would only fail in a kernel, later and without a name
     for (const auto & [name, weight] : ml.weights_map) {
-        const ggml_type type   = weight.tensor->type;
-        const bool is_vector   = ggml_n_dims(weight.tensor) == 1;
-        const bool is_router   = name.find(".ffn_gate_inp.") != std::string::npos;
-        const bool is_float    = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+        const ggml_type type = weight.tensor->type;
 
-        if ((is_vector || is_router) && type != GGML_TYPE_F32) {
-            throw std::runtime_error(format("tensor '%s' has wrong type; expected f32, got %s", name.c_str(), ggml_type_name(type)));
-        }
-        if (!is_float && !ggml_is_quantized(type)) {
-            throw std::runtime_error(format("tensor '%s' has wrong type; expected a float or quantized type, got %s",
-                    name.c_str(), ggml_type_name(type)));
+        const bool must_be_f32 = ggml_n_dims(weight.tensor) == 1 || name.find(".ffn_gate_inp.") != std::string::npos;
+        const bool can_be_read = type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float;
+
+        if (must_be_f32 ? type != GGML_TYPE_F32 : !can_be_read) {
+            throw std::runtime_error(format("tensor '%s' has wrong type; expected %s, got %s", name.c_str(),
+                    must_be_f32 ? "f32" : "a type for weights", ggml_type_name(type)));
         }
     }
 
-    const auto n_embd_q  = n_embd_head_k*n_head;
-    const auto n_ff_exp  = hparams.n_ff_exp();
-    const auto n_ff_shexp = hparams.n_ff_shexp;
+    const int64_t n_embd_q   = n_embd_head_k*n_head;
+    const int64_t n_ff_shexp = hparams.n_ff_shexp;
 
     tok_embd = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
 
@@ -200,29 +204,38 @@ void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
         layer.ffn_norm  = create_tensor(tn(LLM_TENSOR_FFN_NORM,  "weight", i), {n_embd}, 0);
 
         if (!is_moe(i)) {
-            layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", i), {n_embd,   n_ff}, 0);
-            layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP,   "weight", i), {n_embd,   n_ff}, 0);
-            layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", i), {  n_ff, n_embd}, 0);
+            const int64_t n_ff_il = hparams.n_ff(i);
+
+            layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", i), { n_embd, n_ff_il}, 0);
+            layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP,   "weight", i), { n_embd, n_ff_il}, 0);
+            layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", i), {n_ff_il,  n_embd}, 0);
             continue;
         }
 
         layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP,    "weight", i), {n_embd, n_expert}, 0);
         layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias",   i), {n_expert}, TENSOR_NOT_REQUIRED);
 
-        if (const int owner = pool_layer(i); owner == i) {
+        if (pool_layer(i) == i) {
+            const int64_t n_ff_exp = hparams.n_ff_exp(i);
+
             layer.ffn_gate_exps = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS, "weight", i), {  n_embd, n_ff_exp, n_expert}, 0);
             layer.ffn_up_exps   = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS,   "weight", i), {  n_embd, n_ff_exp, n_expert}, 0);
             layer.ffn_down_exps = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS, "weight", i), {n_ff_exp,   n_embd, n_expert}, 0);
-        } else {
-            layer.ffn_gate_exps = layers[owner].ffn_gate_exps;
-            layer.ffn_up_exps   = layers[owner].ffn_up_exps;
-            layer.ffn_down_exps = layers[owner].ffn_down_exps;
         }
 
         if (n_ff_shexp > 0) {
             layer.ffn_gate_shexp = create_tensor(tn(LLM_TENSOR_FFN_GATE_SHEXP, "weight", i), {    n_embd, n_ff_shexp}, 0);
             layer.ffn_up_shexp   = create_tensor(tn(LLM_TENSOR_FFN_UP_SHEXP,   "weight", i), {    n_embd, n_ff_shexp}, 0);
             layer.ffn_down_shexp = create_tensor(tn(LLM_TENSOR_FFN_DOWN_SHEXP, "weight", i), {n_ff_shexp,     n_embd}, 0);
+        }
+    }
+
+    // the loader only counts what is left over; name it (weight scales are created after this)
+    for (const auto & [name, weight] : ml.weights_map) {
+        const auto holds = [&name = name](const auto & it) { return ggml_get_tensor(it.second.get(), name.c_str()) != nullptr; };
+
+        if (name.find("scale") == std::string::npos && std::none_of(ml.ctx_map.begin(), ml.ctx_map.end(), holds)) {
+            throw std::runtime_error(format("tensor '%s' is not expected in this model", name.c_str()));
         }
     }
 }
@@ -235,17 +248,18 @@ std::unique_ptr<llm_graph_context> llama_model_megrez_moe::build_arch_graph(cons
     return std::make_unique<graph>(*this, params);
 }
 
-// F16 kernels narrow the activations they multiply, and those entering a down projection can exceed F16's range
-// (65504). There, divide each row by its root mean square, at most sqrt(n_ff) away from its largest element, and
-// multiply the product by it again. GGML_PREC_F32 on src1 would not do: the CPU backend does not honour it, and
-// CUDA and Vulkan would hand the whole product back to the CPU.
+// The activations entering a down projection can exceed F16's range (65504), and kernels narrow what they multiply: to
+// F16 for F16 weights; for Q4_1 and Q5_1, where K-quants fall back to, they keep an F16 sum of every 32. There, divide
+// each row by its root mean square, at most sqrt(n_ff) away from its largest element, and multiply the product by it
+// again. GGML_PREC_F32 on src1 would not do: the CPU backend does not honour it, and CUDA and Vulkan would hand the
+// whole product back to the CPU.
 struct rescaled_row {
     ggml_tensor * cur;   // [n, ...]
     ggml_tensor * scale; // [1, ...], or null where no scaling is needed
 };
 
 static rescaled_row rescale_for(const ggml_tensor * w, ggml_tensor * cur, ggml_context * ctx) {
-    if (w->type != GGML_TYPE_F16) {
+    if (w->type != GGML_TYPE_F16 && w->type != GGML_TYPE_Q4_1 && w->type != GGML_TYPE_Q5_1) {
         return { cur, nullptr };
     }
 
@@ -262,7 +276,7 @@ llama_model_megrez_moe::graph::routing llama_model_megrez_moe::graph::build_rout
     const int64_t n_tokens = h->ne[1];
 
     ggml_tensor * logits = build_lora_mm(layer.ffn_gate_inp, h); // [n_expert, n_tokens]
-    ggml_prec_set_acc(logits, GGML_PREC_F32);
+    for (ggml_tensor * t = logits; !ggml_prec_set_acc(t, GGML_PREC_F32); t = t->src[0]) {} // under what adapters add
     cb(logits, "ffn_moe_logits", il);
 
     const bool is_softmax = hparams.expert_gating_func == LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX;
@@ -310,8 +324,8 @@ llama_model_megrez_moe::graph::routing llama_model_megrez_moe::graph::build_rout
         ggml_tensor * sum = ggml_sum_rows(ctx0, weights); // [1, n_tokens]
         cb(sum, "ffn_moe_weights_sum", il);
 
-        // the smallest normal F16, as in build_moe_ffn: backends match this sequence to fuse it
-        sum = ggml_clamp(ctx0, sum, 6.103515625e-5, INFINITY);
+        // no division by zero; backends match this sequence to fuse it
+        sum = ggml_clamp(ctx0, sum, 1e-20f, INFINITY);
         cb(sum, "ffn_moe_weights_sum_clamped", il);
 
         weights = ggml_div(ctx0, weights, sum);
@@ -332,23 +346,23 @@ llama_model_megrez_moe::graph::routing llama_model_megrez_moe::graph::build_rout
 
 // build_moe_ffn without its routing; it would build the routing here, next to the experts
 ggml_tensor * llama_model_megrez_moe::graph::build_experts(
-        const llama_layer & layer, const routing & route, ggml_tensor * cur, int il) {
+        const llama_layer & pool, const routing & route, ggml_tensor * cur, int il) {
     const int64_t n_tokens = cur->ne[1];
 
     cur = ggml_reshape_3d(ctx0, cur, n_embd, 1, n_tokens);
 
-    ggml_tensor * up = build_lora_mm_id(layer.ffn_up_exps, cur, route.ids); // [n_ff_exp, n_expert_used, n_tokens]
+    ggml_tensor * up = build_lora_mm_id(pool.ffn_up_exps, cur, route.ids, pool.ffn_up_exps_s); // [n_ff_exp, n_expert_used, n_tokens]
     cb(up, "ffn_moe_up", il);
 
-    ggml_tensor * gate = build_lora_mm_id(layer.ffn_gate_exps, cur, route.ids);
+    ggml_tensor * gate = build_lora_mm_id(pool.ffn_gate_exps, cur, route.ids, pool.ffn_gate_exps_s);
     cb(gate, "ffn_moe_gate", il);
 
     cur = ggml_swiglu_split(ctx0, gate, up);
     cb(cur, "ffn_moe_swiglu", il);
 
-    const auto [row, scale] = rescale_for(layer.ffn_down_exps, cur, ctx0);
+    const auto [row, scale] = rescale_for(pool.ffn_down_exps, cur, ctx0);
 
-    ggml_tensor * experts = build_lora_mm_id(layer.ffn_down_exps, row, route.ids); // [n_embd, n_expert_used, n_tokens]
+    ggml_tensor * experts = build_lora_mm_id(pool.ffn_down_exps, row, route.ids, pool.ffn_down_exps_s); // [n_embd, n_expert_used, n_tokens]
     cb(experts, "ffn_moe_down", il);
 
     experts = ggml_mul(ctx0, experts, scale ? ggml_mul(ctx0, route.weights, scale) : route.weights);
@@ -356,7 +370,7 @@ ggml_tensor * llama_model_megrez_moe::graph::build_experts(
     ggml_build_forward_expand(gf, experts);
 
     // order the views before the adds; warm-up computes every expert and still sums only those in use
-    const int64_t n_used = hparams.n_expert_used(il);
+    const int64_t n_used = hparams.n_expert_used();
 
     std::vector<ggml_tensor *> views(n_used);
     for (int64_t i = 0; i < n_used; ++i) {
@@ -378,16 +392,18 @@ ggml_tensor * llama_model_megrez_moe::graph::build_experts(
 }
 
 ggml_tensor * llama_model_megrez_moe::graph::build_mlp(
-        ggml_tensor * gate, ggml_tensor * up, ggml_tensor * down, ggml_tensor * cur, int il) {
+        ggml_tensor * gate, ggml_tensor * gate_s,
+        ggml_tensor * up,   ggml_tensor * up_s,
+        ggml_tensor * down, ggml_tensor * down_s, ggml_tensor * cur, int il) {
     cur = build_ffn(cur,
-            up,      nullptr, nullptr,
-            gate,    nullptr, nullptr,
+            up,      nullptr, up_s,
+            gate,    nullptr, gate_s,
             nullptr, nullptr, nullptr,
             nullptr, LLM_FFN_SILU, LLM_FFN_PAR, il);
 
     const auto [row, scale] = rescale_for(down, cur, ctx0);
 
-    cur = build_lora_mm(down, row);
+    cur = build_lora_mm(down, row, down_s);
 
     return scale ? ggml_mul(ctx0, cur, scale) : cur;
 }
@@ -455,16 +471,22 @@ llama_model_megrez_moe::graph::graph(const llama_model_megrez_moe & model, const
         if (model.is_moe(il)) {
             const routing route = is_routed_early(il) ? route_early : build_routing(layer, h, il);
 
-            cur = build_experts(layer, route, h, il);
+            cur = build_experts(model.layers[model.pool_layer(il)], route, h, il);
 
             if (layer.ffn_up_shexp) {
-                ggml_tensor * shexp = build_mlp(layer.ffn_gate_shexp, layer.ffn_up_shexp, layer.ffn_down_shexp, h, il);
+                ggml_tensor * shexp = build_mlp(
+                        layer.ffn_gate_shexp, layer.ffn_gate_shexp_s,
+                        layer.ffn_up_shexp,   layer.ffn_up_shexp_s,
+                        layer.ffn_down_shexp, layer.ffn_down_shexp_s, h, il);
                 cb(shexp, "ffn_shexp", il);
 
                 cur = ggml_add(ctx0, cur, shexp);
             }
         } else {
-            cur = build_mlp(layer.ffn_gate, layer.ffn_up, layer.ffn_down, h, il);
+            cur = build_mlp(
+                    layer.ffn_gate, layer.ffn_gate_s,
+                    layer.ffn_up,   layer.ffn_up_s,
+                    layer.ffn_down, layer.ffn_down_s, h, il);
         }
         cb(cur, "ffn_out", il);
 

@@ -24,8 +24,11 @@ struct llama_model_megrez_moe : public llama_model_base {
         };
 
         routing       build_routing(const llama_layer & layer, ggml_tensor * h, int il);
-        ggml_tensor * build_experts(const llama_layer & layer, const routing & route, ggml_tensor * cur, int il);
-        ggml_tensor * build_mlp    (ggml_tensor * gate, ggml_tensor * up, ggml_tensor * down, ggml_tensor * cur, int il);
+        ggml_tensor * build_experts(const llama_layer & pool, const routing & route, ggml_tensor * cur, int il);
+        ggml_tensor * build_mlp(
+                ggml_tensor * gate, ggml_tensor * gate_s,
+                ggml_tensor * up,   ggml_tensor * up_s,
+                ggml_tensor * down, ggml_tensor * down_s, ggml_tensor * cur, int il);
     };
 
     std::unique_ptr<llm_graph_context> build_arch_graph(const llm_graph_params & params) const override;
