@@ -154,7 +154,7 @@ def parity(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout*.txt at CKPT]"),
+        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt at CKPT]"),
     ] = None,
     ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows a text, from its start.")] = 4,
@@ -184,6 +184,67 @@ def parity(
         print_table(report)
     if report.misses:
         raise ThresholdError("; ".join(report.misses))
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="Answer this and leave; - reads it from stdin."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt.  [default: the chat template's own]")
+    ] = None,
+    temp: Annotated[
+        float | None, typer.Option(min=0, help="Temperature; 0 is greedy.  [default: the file's]")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the file's]")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="0 is off.  [default: the file's]")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the file's]")] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option(min=0.01, help="1 is off.  [default: the file's]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")] = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of context.  [default: all, up to 8192]"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="[default: all CPUs]")] = None,
+    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers on the GPU; -1 is all.")] = -1,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
+) -> None:
+    """Chat with a model, in the terminal or through a pipe.
+
+    Answers go to stdout, everything else to stderr. Sampling not asked for here is the file's own,
+    or else temperature 0.7 and top_p 0.9. Ctrl-C stops an answer; /help lists the commands.
+
+    \b
+    Examples:
+      megrez-gguf chat megrez2-q4.gguf
+      megrez-gguf chat megrez2-q4.gguf -p "世界上最高的山峰是哪座？" --temp 0
+      megrez-gguf chat megrez2-q4.gguf < questions.txt > answers.txt
+    """
+    from megrez_runtime.terminal import chat as run
+
+    sampling = {
+        "temp": temp,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+    }
+    code = run(
+        model,
+        prompt,
+        {name: value for name, value in sampling.items() if value is not None},
+        {"system": system, "seed": seed, "max_tokens": max_tokens},
+        {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "verbose": verbose},
+    )
+    raise typer.Exit(code)
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+"""llama.cpp's log: kept off the terminal, remembered for error messages."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import deque
+from types import ModuleType
+from typing import Any
+
+# enum ggml_log_level; llama_cpp's own table of these numbers is out of date.
+_ERROR, _CONTINUED = 4, 5
+
+
+class Log:
+    """The process-wide receiver of llama.cpp's log lines. Use `log`, the one instance."""
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self._errors: deque[str] = deque(maxlen=8)
+        self._level = 0
+        self._callback: Any = None
+
+    def install(self, llama_cpp: ModuleType, verbose: bool = False) -> None:
+        """Receive everything from now on, and forget earlier errors.
+
+        `verbose` passes each line on to stderr.
+        """
+        self.verbose = verbose
+        self._errors.clear()
+        if self._callback is None:
+            # llama.cpp keeps the bare pointer: the callback has to outlive every model.
+            self._callback = llama_cpp.llama_log_callback(self._receive)
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def take_errors(self) -> str:
+        """The errors logged since the last call or `install`, as one line; "" if there are none."""
+        lines = (line.strip() for line in "".join(self._errors).splitlines())
+        self._errors.clear()
+        return "; ".join(dict.fromkeys(line for line in lines if line))
+
+    def _receive(self, level: int, text: bytes, _: Any) -> None:
+        self._level = level if level != _CONTINUED else self._level
+        line = text.decode("utf-8", "replace")
+        if self._level == _ERROR:
+            self._errors.append(line)
+        if self.verbose:
+            print(line, end="", file=sys.stderr, flush=True)
+
+
+log = Log()
