@@ -101,7 +101,7 @@ def measure(
     """Compare `checkpoint` at each level, and existing GGUF `files`, with the torch reference.
 
     Every text gives up to `windows` windows of `context` tokens from its start; without `texts`,
-    the files heldout*.txt in or next to the checkpoint folder. A file is judged by the thresholds
+    the files of a folder `heldout` in or next to the checkpoint. A file is judged by the thresholds
     of the level its file type names. `say` is told what is being done.
     Raises MegrezError: an unknown level, no text or one shorter than a window, a file of another
     vocabulary, and whatever the conversion or llama.cpp raise. A missed threshold is in the report,
@@ -240,10 +240,10 @@ def _made_with() -> dict[str, str]:
 def _default_texts(checkpoint: Path) -> list[Path]:
     folder = checkpoint.resolve()
     for place in (folder, folder.parent):
-        if found := sorted(place.glob("heldout*.txt")):
+        if found := sorted(place.glob("heldout/*.txt")):
             return found
     raise ConfigError(
-        f"{checkpoint}: no heldout*.txt in it or next to it; name a text with --text FILE"
+        f"{checkpoint}: no heldout/*.txt in it or next to it; name a text with --text FILE"
     )
 
 

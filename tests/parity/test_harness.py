@@ -23,7 +23,8 @@ TEXT = "To be, or not to be, that is the question: 世界上最高的山峰是�
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity") / "checkpoint"
     make_checkpoint(CONFIG, folder)
-    (folder / "heldout.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "heldout").mkdir()
+    (folder / "heldout" / "some.txt").write_text(TEXT, encoding="utf-8")
     return folder
 
 
