@@ -52,6 +52,13 @@ def test_every_level(
 ) -> None:
     # Random weights are no model to set quantization thresholds by.
     monkeypatch.setattr(harness, "thresholds", lambda: {"f32": {"nmse": 1e-9}})
+    beside: set[str] = set()
+
+    def watched(source: Path, target: Path, kind: str) -> None:
+        beside.update(path.name for path in target.parent.glob("*.gguf"))
+        quantize(source, target, kind)
+
+    monkeypatch.setattr(harness, "quantize", watched)
     assert run("parity", checkpoint, "--ctx", 64, "--windows", 2, "--json") == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
@@ -67,6 +74,7 @@ def test_every_level(
     error = {name: level["metrics"]["nmse"] for name, level in by_level.items()}
     assert error["f32"] < 1e-9 < error["f16"] < error["q8_0"] < error["q4_k_m"]
     assert by_level["f32"]["metrics"]["positions"] == 2 * 31
+    assert beside == {"source.gguf"}  # one level on the disk at a time
     assert not list(scratch.iterdir())
 
 
