@@ -1,0 +1,282 @@
+"""The chat command as users meet it: through pipes, and in a terminal with Ctrl-C."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from chatting import chat, chat_command
+
+FIGURES = rb"\[(?:[^;\]]*; )?(\d+) tokens(, [\d.]+ tok/s)?; prompt \d+.*\]\n"
+LONG = ("--temp", "0", "--ctx", "32768")  # an answer of half a minute
+
+
+def test_one_prompt_answers_on_stdout_and_talks_on_stderr(model: Path) -> None:
+    done = chat(model, "-p", "hello", "--temp", "0", "--max-tokens", "12", stdin="not read\n")
+    assert done.returncode == 0
+    assert done.stdout.count(b"\n") >= 1
+    assert done.stdout.endswith(b"\n")
+    assert re.fullmatch(FIGURES, done.stderr)
+    assert b"12 tokens, " in done.stderr
+    assert b"cut at --max-tokens" in done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr
+    again = chat(model, "-p", "-", "--temp", "0", "--max-tokens", "12", stdin="hello\n")
+    assert again.stdout == done.stdout
+
+
+def test_options_reach_the_model(model: Path) -> None:
+    def answer(*options: str) -> bytes:
+        done = chat(model, "-p", "hello", "--max-tokens", "12", *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    greedy = answer("--temp", "0")
+    assert answer("--top-k", "1", "--seed", "9") == greedy
+    assert answer("--min-p", "1", "--seed", "9") == greedy
+    assert answer("--top-p", "0", "--seed", "9") == greedy
+    assert answer("--temp", "0", "--system", "be brief") != greedy
+    assert answer("--temp", "0", "--repeat-penalty", "5") != greedy
+    assert answer("--seed", "1") == answer("--seed", "1", "--threads", "1", "--ctx", "300")
+    assert answer("--seed", "1") != answer("--seed", "2")
+    assert answer("--seed", "1") != answer("--seed", "1", "--temp", "2")
+    assert b"megrez-moe" in chat(model, "-p", "x", "--max-tokens", "1", "--verbose").stderr
+
+
+def test_lines_from_a_pipe_are_turns(model: Path) -> None:
+    lines = "hello\n\nand then?\n/reset\n  hello \n/exit\nnever\n"
+    done = chat(model, "--temp", "0", "--max-tokens", "12", stdin=lines)
+    assert done.returncode == 0
+    prompts = [int(n) for n in re.findall(rb"prompt (\d+)", done.stderr)]
+    assert len(prompts) == 3
+    assert prompts[0] == prompts[2] < prompts[1]
+    assert b"conversation forgotten\n" in done.stderr
+    assert b"> " not in done.stdout
+    assert b"\x1b" not in done.stderr
+    first = chat(model, "-p", "hello", "--temp", "0", "--max-tokens", "12").stdout
+    assert done.stdout.startswith(first)
+    assert done.stdout.endswith(first)
+    assert chat(model, stdin="").returncode == 0
+    helped = chat(model, stdin="/help\n")
+    assert (helped.stdout, b"Ctrl-C" in helped.stderr) == (b"", True)
+
+
+def test_bytes_that_are_no_text_are_survived(model: Path) -> None:
+    done = chat(model, "--temp", "0", "--max-tokens", "5", stdin=b"caf\xe9 \xff\xfe\n")
+    assert done.returncode == 0
+    done.stdout.decode("utf-8")
+
+
+def test_a_message_too_long_exits_2(model: Path) -> None:
+    done = chat(model, "-p", "x " * 400, "--ctx", "256")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert re.fullmatch(rb"error: the message is too long: .*--ctx\)\n", done.stderr)
+
+
+@pytest.mark.parametrize("option", [("--temp", "-1"), ("--top-p", "1.5"), ("--ctx", "0")])
+def test_options_out_of_range_exit_2(model: Path, option: tuple[str, str]) -> None:
+    assert chat(model, "-p", "x", *option).returncode == 2
+
+
+def test_a_reader_that_leaves_ends_the_program(model: Path) -> None:
+    process = subprocess.Popen(
+        chat_command(model, "-p", "hello", *LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process, process.stdout, process.stderr:
+        assert process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(timeout=20) == 1
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_piped_run(model: Path, number: int, code: int) -> None:
+    process = subprocess.Popen(
+        chat_command(model, *LONG),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        process.stdin.write(b"hello\nsecond\n")
+        process.stdin.flush()
+        assert process.stdout.read(10)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == code
+        talk = process.stderr.read()
+    assert b"Traceback" not in talk
+    assert (b"stopped by Ctrl-C" in talk) == (number == signal.SIGINT)
+
+
+class Screen:
+    """The chat command in a terminal of its own."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+        self.process = subprocess.Popen(
+            chat_command(*arguments),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=os.environ | {"TERM": "xterm", "INPUTRC": os.devnull},
+        )
+        os.close(slave)
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, pattern: str, timeout: float = 30) -> str:
+        """Read until `pattern` shows up; returns, and forgets, everything up to its end."""
+        deadline = time.monotonic() + timeout
+        while not (match := re.search(pattern, self.text)):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.master], [], [], left)[0]:
+                raise AssertionError(f"no {pattern!r} within {timeout} s in {self.text!r}")
+            try:
+                data = os.read(self.master, 1 << 16)
+            except OSError:  # Linux says so when the last process has gone
+                data = b""
+            if not data:
+                raise AssertionError(f"ended without {pattern!r}: {self.text!r}")
+            self.text += data.decode("utf-8", "replace")
+        seen, self.text = self.text[: match.end()], self.text[match.end() :]
+        return seen
+
+    def interrupt(self, pattern: str) -> None:
+        """Press Ctrl-C until `pattern` shows up.
+
+        Python loses a Ctrl-C in the instant between writing the prompt and waiting for input.
+        """
+        for _ in range(20):
+            time.sleep(0.3)
+            self.type("\x03")
+            try:
+                self.wait_for(pattern, timeout=2)
+            except AssertionError:
+                if self.process.poll() is not None:
+                    raise
+            else:
+                return
+        raise AssertionError(f"Ctrl-C never led to {pattern!r}: {self.text!r}")
+
+    def code(self) -> int:
+        return self.process.wait(timeout=20)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+
+
+@pytest.fixture
+def screen() -> Iterator[Callable[..., Screen]]:
+    """screen(arguments...) -> a Screen at its first prompt."""
+    opened: list[Screen] = []
+
+    def start(*arguments: str | Path) -> Screen:
+        opened.append(Screen(*arguments))
+        opened[-1].wait_for("/help for help.*\r\n.*> $")
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def test_a_conversation_in_a_terminal(model: Path, screen: Callable[..., Screen]) -> None:
+    s = screen(model, "--temp", "0", "--max-tokens", "12")
+    s.type("hello\r")
+    first = s.wait_for(r"\x1b\[2m\[[^\]]*12 tokens, [\d.]+ tok/s; prompt \d+[^\]]*\]\x1b\[0m\r\n")
+    s.wait_for("> $")
+    s.type("世界\r")
+    s.wait_for(r"prompt \d+, \d+ of them cached")
+    s.wait_for("> $")
+    s.type("/reset\r")
+    s.wait_for("conversation forgotten")
+    s.wait_for("> $")
+    s.type("hello\r")
+    again = s.wait_for(r"\x1b\[2m\[[^\]]*12 tokens.*\]\x1b\[0m\r\n")
+    assert again.split("\r\n")[1] == first.split("\r\n")[1]
+    s.wait_for("> $")
+    s.type("/exit\r")
+    assert s.code() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    model: Path, screen: Callable[..., Screen]
+) -> None:
+    s = screen(model, *LONG)
+    s.type("hello\r")
+    s.wait_for("hello\r\n.{40}")
+    s.type("\x03")
+    s.wait_for(r"\[stopped by Ctrl-C; \d+ tokens, ", timeout=10)
+    s.wait_for("> $")
+    s.type("and?\r")
+    s.wait_for("and\\?\r\n.{20}")
+    s.type("\x03")
+    s.wait_for("stopped by Ctrl-C", timeout=10)
+    s.wait_for("> $")
+    s.type("\x04")
+    assert s.code() == 0
+
+
+def test_ctrl_c_at_the_prompt_asks_before_it_leaves(
+    model: Path, screen: Callable[..., Screen]
+) -> None:
+    s = screen(model, "--temp", "0", "--max-tokens", "3")
+    for _ in range(2):
+        s.type("half a li")
+        s.wait_for("half a li")
+        s.interrupt("Ctrl-C again, Ctrl-D or /exit to leave")
+        s.wait_for("> $")
+        s.type("hello\r")  # anything typed in between starts over
+        s.wait_for("3 tokens")
+        s.wait_for("> $")
+    s.interrupt("Ctrl-C again")
+    s.wait_for("> $")
+    with pytest.raises(AssertionError, match="ended without"):
+        s.interrupt("Ctrl-C again")
+    assert s.code() == 0
+
+
+def test_an_error_does_not_end_the_conversation(model: Path, screen: Callable[..., Screen]) -> None:
+    s = screen(model, "--temp", "0", "--max-tokens", "3", "--ctx", "256")
+    s.type("x " * 300 + "\r")
+    s.wait_for("error: the message is too long")
+    s.wait_for("> $")
+    s.type("hello\r")
+    s.wait_for("3 tokens")
+
+
+def test_answers_cannot_drive_the_terminal(
+    model: Path, screen: Callable[..., Screen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Warm enough to draw every byte there is, escape among them.
+    s = screen(model, "--temp", "50", "--seed", "1", "--ctx", "2048")
+    s.type("hello\r")
+    seen = s.wait_for(r"\[[^\]]*tokens, ").partition("hello\r\n")[2]
+    assert len(seen) > 200
+    body = re.sub(r"\x1b\[2m\[[^\]]*tokens, $", "", seen)
+    assert not set(body) & {
+        chr(i) for i in (*range(32), *range(127, 160)) if chr(i) not in "\r\n\t"
+    }
