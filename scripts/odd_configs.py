@@ -91,6 +91,7 @@ CASES = [
     Case("pre-gate off", {"pre_gate": False}),
     Case("pre-gate off, no dense layer", {"pre_gate": False, "first_k_dense_replace": 0}),
     Case("2 of 4 groups", GROUPS),
+    Case("4 of 4 groups", {"n_group": 4, "topk_group": 4}),
     Case("2 of 4 groups, all scores negative", GROUPS, edit=_biases_below_every_score),
     Case("softmax", {"scoring_func": "softmax"}),
     Case("softmax, 2 of 4 groups", {"scoring_func": "softmax"} | GROUPS),
