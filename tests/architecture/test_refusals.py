@@ -1,0 +1,351 @@
+"""Bad files are refused with a reason, and never end the process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType as Q
+from gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
+from llama import LlamaError, logits
+from samples import Sample
+
+Edit = Callable[[Gguf], None]
+
+
+def attempt(path: Path) -> str:
+    """What llama.cpp says of `path`, "" when it runs; the caller's process may die of it."""
+    try:
+        logits(path, [1, 2, 3], n_ctx=32, n_threads=1, n_threads_batch=1)
+    except LlamaError as e:
+        return str(e) or "refused without a reason"
+    return ""
+
+
+class Guard:
+    """Runs `attempt` in a child that may die; a new one is made when it does."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def attempts(self, paths: list[Path]) -> list[str]:
+        done: list[Future[str]] = []
+        for path in paths:
+            if self._pool is None:
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(1, context, initializer=_quiet)
+            done.append(self._pool.submit(attempt, path))
+        results = []
+        for path, future in zip(paths, done, strict=True):
+            try:
+                results.append(future.result(timeout=120))
+            except Exception as e:
+                self._pool = None
+                raise AssertionError(f"{path.name}: the process died: {e!r}") from None
+        return results
+
+
+def _quiet() -> None:
+    """No backtrace by a debugger, which takes seconds, before dying."""
+    import os
+    import resource
+
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.alarm(300)
+
+
+@pytest.fixture(scope="module")
+def guard() -> Iterator[Guard]:
+    guard = Guard()
+    yield guard
+    if guard._pool:
+        guard._pool.shutdown()
+
+
+def retyped(name: str, kind: Q) -> Edit:
+    def edit(file: Gguf) -> None:
+        file.tensors[name] = file.tensors[name].cast(kind)
+
+    return edit
+
+
+def key(name: str, value: Any, kind: int | None = None) -> Edit:
+    return lambda file: file.set(name, value, kind)
+
+
+def keys(**values: Any) -> Edit:
+    def edit(file: Gguf) -> None:
+        for name, value in values.items():
+            file.set(name, value)
+
+    return edit
+
+
+def moved(source: str, target: str) -> Edit:
+    def edit(file: Gguf) -> None:
+        file.tensors[target] = file.tensors.pop(source)
+
+    return edit
+
+
+def copied(source: str, target: str) -> Edit:
+    def edit(file: Gguf) -> None:
+        file.tensors[target] = file.tensors[source]
+
+    return edit
+
+
+def without(*names: str) -> Edit:
+    def edit(file: Gguf) -> None:
+        for name in names:
+            del file.tensors[name]
+
+    return edit
+
+
+def narrowed(name: str) -> Edit:
+    """One row (or element) less."""
+
+    def edit(file: Gguf) -> None:
+        array = file.tensors[name].floats()
+        file.tensors[name] = floats(array[..., :-1] if array.ndim == 1 else array[..., :-1, :])
+
+    return edit
+
+
+ROLES = [
+    "token_embd.weight",
+    "output_norm.weight",
+    *[f"blk.2.attn_{x}.weight" for x in ("norm", "q", "k", "v", "output")],
+    "blk.2.ffn_norm.weight",
+    *[f"blk.0.ffn_{x}.weight" for x in ("gate", "up", "down")],
+    "blk.2.ffn_gate_inp.weight",
+    *[f"blk.4.ffn_{x}_exps.weight" for x in ("gate", "up", "down")],
+    *[f"blk.3.ffn_{x}_shexp.weight" for x in ("gate", "up", "down")],
+]
+ROUTER, NORM, BIAS = "blk.2.ffn_gate_inp.weight", "blk.2.ffn_norm.weight", "blk.2.exp_probs_b.bias"
+
+# name -> (what is wrong, what the message must hold)
+BAD: dict[str, tuple[Edit, list[str]]] = {
+    **{
+        f"{kind.name} in {name}": (
+            retyped(name, kind),
+            [f"'{name}'", "expected f32", f"got {kind.name.lower()}"],
+        )
+        for name in (ROUTER, NORM, BIAS, "output_norm.weight")
+        for kind in (Q.F16, Q.BF16, Q.F64, Q.I32)
+    },
+    **{
+        f"{kind.name} in {name}": (
+            retyped(name, kind),
+            [f"'{name}'", "wrong type", f"got {kind.name.lower()}"],
+        )
+        for name in ("blk.1.ffn_up_exps.weight", "token_embd.weight", "blk.0.attn_q.weight")
+        for kind in (Q.I32, Q.F64, Q.I8, Q.Q8_K)
+    },
+    **{f"narrow {name}": (narrowed(name), [name, "expected"]) for name in [*ROLES, BIAS]},
+    **{
+        f"no {name}": (
+            without(name),
+            ["ffn_gate_inp", "layers 1, 2, 3, 4, 5", "layers 1, 3, 4, 5"]
+            if name == ROUTER
+            else ["ffn_gate_exps", "layers 1, 4", "in layers 1"]
+            if name == "blk.4.ffn_gate_exps.weight"
+            else [name],
+        )
+        for name in ROLES
+    },
+    "a pool where it is shared": (
+        copied("blk.1.ffn_gate_exps.weight", "blk.2.ffn_gate_exps.weight"),
+        ["experts_shared_frequency = 3", "layers 1, 4", "layers 1, 2, 4"],
+    ),
+    "half a pool where it is shared": (
+        copied("blk.1.ffn_up_exps.weight", "blk.2.ffn_up_exps.weight"),
+        ["blk.2.ffn_up_exps.weight", "not expected"],
+    ),
+    "a pool in the wrong layer": (
+        moved("blk.4.ffn_gate_exps.weight", "blk.5.ffn_gate_exps.weight"),
+        ["layers 1, 4", "layers 1, 5"],
+    ),
+    "an unknown tensor": (copied(NORM, "blk.2.attn_q_norm.weight"), ["blk.2.attn_q_norm.weight"]),
+    "a tensor past the layers": (copied(NORM, "blk.6.ffn_norm.weight"), ["blk.6.ffn_norm.weight"]),
+    "no routers": (
+        without(*[f"blk.{i}.ffn_gate_inp.weight" for i in range(1, 6)]),
+        ["no layer has a router"],
+    ),
+    "no pools": (
+        without("blk.1.ffn_gate_exps.weight", "blk.4.ffn_gate_exps.weight"),
+        ["no layer has an expert pool", "ffn_gate_exps"],
+    ),
+    "period 2": (key("experts_shared_frequency", 2), ["= 2", "layers 1, 3, 5", "layers 1, 4"]),
+    "period 0": (key("experts_shared_frequency", 0), ["experts_shared_frequency = 0"]),
+    "period 2^32-1": (key("experts_shared_frequency", 2**32 - 1), ["experts_shared_frequency = 4"]),
+    "no dense layer": (key("leading_dense_block_count", 0), ["leading_dense_block_count = 0"]),
+    "all layers dense": (key("leading_dense_block_count", 6), ["leading_dense_block_count = 6"]),
+    "dense beyond int": (key("leading_dense_block_count", 2**32 - 1), ["leading_dense_block_coun"]),
+    "freq 2": (key("moe_every_n_layers", 2, U32), ["moe_every_n_layers = 2"]),
+    "9 of 8 experts": (key("expert_used_count", 9), ["n_expert_used_max = 9", "n_expert = 8"]),
+    "0 experts used": (key("expert_used_count", 0), ["n_expert_used_max = 0"]),
+    "experts used by layer": (
+        key("expert_used_count", (U32, [3, 3, 2, 3, 3, 3]), ARRAY),
+        ["layer 2", "expert_used_count"],
+    ),
+    "heads by layer": (
+        key("attention.head_count", (U32, [4, 2, 4, 4, 4, 4]), ARRAY),
+        ["layer 1", "attention.head_count"],
+    ),
+    "7 experts": (key("expert_count", 7), ["blk.1.ffn_gate_inp.weight", " 7, got", " 8, "]),
+    "2000 experts": (key("expert_count", 2000), ["n_expert = 2000"]),
+    "groups do not divide": (key("expert_group_count", 3), ["n_expert_groups = 2"]),
+    "groups of one": (key("expert_group_count", 8), ["n_expert_groups = 8"]),
+    "5 of 4 groups": (
+        keys(expert_group_count=4, expert_group_used_count=5),
+        ["n_group_used = 5", "n_expert_groups = 4"],
+    ),
+    "0 of 4 groups": (
+        keys(expert_group_count=4, expert_group_used_count=0),
+        ["n_group_used = 0"],
+    ),
+    "groups too small": (
+        keys(expert_group_count=4, expert_group_used_count=1),
+        ["expert_group_used_count = 1", "expert_used_count = 3"],
+    ),
+    "no key heads": (key("attention.head_count_kv", 0), ["attention.head_count_kv = 0"]),
+    "3 key heads": (key("attention.head_count_kv", 3), ["head_count = 4", "head_count_kv = 3"]),
+    "no heads": (key("attention.head_count", 0), ["attention.head_count = 0"]),
+    "5 heads": (key("attention.head_count", 5), ["attention.head_count = 5"]),
+    "odd head size": (
+        lambda f: (
+            [f.set(f"attention.{x}_length", 63) for x in ("key", "value")]
+            and f.set("rope.dimension_count", 63)
+        ),
+        ["rope.dimension_count = 63"],
+    ),
+    "no head size": (key("attention.key_length", 0), ["key_length = 0"]),
+    "wrong head size": (
+        lambda f: [f.set(f"attention.{x}_length", 128) for x in ("key", "value")],
+        ["blk.0.attn_q.weight", "512", "256"],
+    ),
+    "key and value sizes differ": (key("attention.value_length", 32), ["64", "32"]),
+    "rope beyond the head": (key("rope.dimension_count", 66), ["rope.dimension_count = 66"]),
+    "no layers": (key("block_count", 0), ["n_layer_all = 0"]),
+    "5 of 6 layers": (key("block_count", 5), ["blk.5.", "not expected"]),
+    "7 of 6 layers": (key("block_count", 7), ["layers"]),
+    "too many layers": (key("block_count", 2**31), ["n_layer_all = 2147483648", "512"]),
+    "softmax after top-k": (key("expert_gating_func", 3), ["expert_gating_func = 3", "expected"]),
+    "unknown gating": (key("expert_gating_func", 9), ["expert_gating_func = 9", "expected"]),
+    "longrope": (key("rope.scaling.type", "longrope", STRING), ["longrope", "expected"]),
+    "unknown rope": (key("rope.scaling.type", "spiral", STRING), ["spiral"]),
+    "negative epsilon": (key("attention.layer_norm_rms_epsilon", -1e-3), ["rms_epsilon = -0.001"]),
+    "epsilon NaN": (key("attention.layer_norm_rms_epsilon", float("nan")), ["rms_epsilon = nan"]),
+    "a string for a number": (
+        key("experts_shared_frequency", "3", STRING),
+        ["megrez-moe.experts_shared_frequency", "wrong type str", "expected type u32"],
+    ),
+    "a number for a flag": (key("pre_gate", 1, U32), ["pre_gate", "wrong type u32", "type bool"]),
+    "a flag for a number": (key("expert_gating_func", True, BOOL), ["wrong type bool"]),
+    "a float for a number": (key("expert_count", 8.0, F32), ["wrong type f32"]),
+    "short array": (key("expert_feed_forward_length", (U32, [96, 96]), ARRAY), ["wrong array len"]),
+    "wide embeddings": (key("embedding_length", 512), ["token_embd.weight", "512", "256"]),
+    "narrow dense": (key("feed_forward_length", 128), ["blk.0.ffn_gate.weight", "128", "160"]),
+    "narrow experts": (key("expert_feed_forward_length", 64), ["blk.1.ffn_gate_exps.weight", "64"]),
+    "no expert width": (key("expert_feed_forward_length", 0), ["blk.1.ffn_gate_exps.weight"]),
+    "narrow shared": (
+        key("expert_shared_feed_forward_length", 64),
+        ["blk.1.ffn_gate_shexp.weight"],
+    ),
+    "no shared": (key("expert_shared_feed_forward_length", 0), ["_shexp.weight", "not expected"]),
+    "a token too many": (
+        lambda f: [
+            f.values[f"tokenizer.ggml.{x}"][1][1].append(y)
+            for x, y in (("tokens", "zz"), ("token_type", 1))
+        ],
+        ["token_embd.weight", "385", "384"],
+    ),
+    "all layers predict": (key("nextn_predict_layers", 6, U32), ["no layer has a router"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
+    edit, parts = BAD[name]
+    file = Gguf.read(tiny.gguf)
+    edit(file)
+    (said,) = guard.attempts([file.write(tmp_path / "bad.gguf")])
+    assert said, "accepted"
+    assert not [part for part in parts if part.lower() not in said.lower()], said
+
+
+def test_truncated(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
+    raw = tiny.gguf.read_bytes()
+    head = len(Gguf.read(tiny.gguf).header())
+    draw = random.Random(1)
+    cuts = [
+        *range(64),
+        *draw.sample(range(64, head), 60),
+        *draw.sample(range(head, len(raw)), 8),
+    ]
+    paths = []
+    for cut in [*cuts, len(raw) - 1]:
+        paths.append(tmp_path / f"{cut}.gguf")
+        paths[-1].write_bytes(raw[:cut])
+    assert all(guard.attempts(paths))
+
+
+def test_damaged_headers(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
+    """Bytes changed anywhere before the tensor data: refused or run, alive either way."""
+    model = sample(num_hidden_layers=3, vocab_size=300)
+    raw, head = model.gguf.read_bytes(), len(Gguf.read(model.gguf).header())
+    draw, paths = random.Random(2), []
+    # Most of a header is vocabulary; half of the changes go to the rest.
+    words = raw.index(b"tokenizer.ggml.tokens"), raw.index(b"output_norm.weight")
+    places = [i for i in range(head) if not words[0] + 60 < i < words[1] - 600]
+    for number in range(300):
+        damaged = bytearray(raw)
+        for _ in range(draw.choice([1, 1, 1, 2, 4])):
+            place = draw.choice(places) if number % 4 else draw.randrange(head)
+            damaged[place] = draw.choice([0, 1, 255, damaged[place] ^ 1 << draw.randrange(8)])
+        paths.append(tmp_path / f"{number}.gguf")
+        paths[-1].write_bytes(damaged)
+    guard.attempts(paths)
+
+
+def test_changed_keys(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
+    """Every key of ours given strange values, removed, or of another type."""
+    model = sample(num_hidden_layers=3, vocab_size=300)
+    paths = []
+    names = [n for n in Gguf.read(model.gguf).values if n.startswith("megrez-moe.")]
+    extra = ["nextn_predict_layers", "embedding_length_out", "rope.scaling.factor"]
+    for name in [*names, *(f"megrez-moe.{n}" for n in extra)]:
+        kind = Gguf.read(model.gguf).values.get(name, (U32, 0))[0]
+        strange: list[tuple[int, Any] | None] = [None, (STRING, ""), (BOOL, True)]
+        if kind == F32 or "factor" in name:
+            strange += [(F32, v) for v in (0.0, -1.0, 1e38, float("nan"), float("inf"))]
+        else:
+            strange += [(U32, v) for v in (0, 1, 2, 3, 5, 2**31 - 1, 2**31, 2**32 - 1)]
+        for value in strange:
+            file = Gguf.read(model.gguf)
+            file.values.pop(name, None)
+            if value:
+                file.values[name] = value
+            paths.append(file.write(tmp_path / f"{len(paths)} {name} {value}.gguf"))
+    guard.attempts(paths)
+
+
+def test_infinite_weights_do_not_crash(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
+    """NaN logits make no order; the selection must still stay within the experts."""
+    paths = []
+    for name in (ROUTER, BIAS, "blk.1.ffn_up_exps.weight", "token_embd.weight"):
+        for value in ("nan", "inf", "-inf"):
+            file = Gguf.read(tiny.gguf)
+            array = file.tensors[name].floats() * 0 + float(value)
+            file.tensors[name] = Tensor(Q.F32, array.shape[::-1], array.astype("<f4").tobytes())
+            paths.append(file.write(tmp_path / f"{name} {value}.gguf"))
+    guard.attempts(paths)
