@@ -58,7 +58,9 @@ class Terminal:
             import readline  # noqa: F401  (input() edits lines once this is imported)
         s = self.session
         name = s.llm.metadata.get("general.name", s.llm.model_path)
-        self._talk(f"{name}: {s.context} tokens of context, {s.sampling}. /help for help.")
+        trained = int(s.llm.metadata.get("megrez-moe.context_length", s.context))
+        beyond = f" (trained on {trained})" if s.context > trained else ""
+        self._talk(f"{name}: {s.context} tokens of context{beyond}, {s.sampling}. /help for help.")
         interrupted = False
         while True:
             try:

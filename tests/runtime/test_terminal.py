@@ -139,7 +139,7 @@ class Screen:
             env=os.environ | {"TERM": "xterm", "INPUTRC": os.devnull},
         )
         os.close(slave)
-        self.text = ""
+        self.text = self.banner = ""
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -195,7 +195,7 @@ def screen() -> Iterator[Callable[..., Screen]]:
 
     def start(*arguments: str | Path) -> Screen:
         opened.append(Screen(*arguments))
-        opened[-1].wait_for("/help for help.*\r\n.*> $")
+        opened[-1].banner = opened[-1].wait_for("/help for help.*\r\n.*> $")
         return opened[-1]
 
     yield start
@@ -226,6 +226,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     model: Path, screen: Callable[..., Screen]
 ) -> None:
     s = screen(model, *LONG)
+    assert "32768 tokens of context (trained on 2048), greedy." in s.banner
     s.type("hello\r")
     s.wait_for("hello\r\n.{40}")
     s.type("\x03")
