@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_old_turns_are_forgotten_and_the_system_prompt_kept(llm: Any) -> None:
         assert session.messages[0] == system
         assert answer.prompt_tokens <= 512 * 3 // 4
         if answer.forgotten_turns:
-            assert answer.prompt_tokens <= 512 // 2
+            assert 512 // 4 < answer.prompt_tokens <= 512 // 2
         texts = [m.text for m in session.messages[1::2]]
         kept = range(sum(forgotten), turn + 1)
         assert texts == [f"{t} {WORDS}" for t in kept]
@@ -205,7 +206,7 @@ def test_cancel_ends_an_answer_and_keeps_what_was_said(llm: Any, model: Path) ->
     assert answer.ending == "cancelled"
     assert answer.text == "".join(pieces)
     assert session.messages[1].text == answer.text
-    assert len(answer.tokens) < 20
+    assert len(pieces) == 5
     # The conversation goes on as if the answer had ended there.
     session.max_tokens = 20
     text = ask(session, "go on")
@@ -213,6 +214,34 @@ def test_cancel_ends_an_answer_and_keeps_what_was_said(llm: Any, model: Path) ->
     fresh = Session(load(model, n_ctx=512), sampling=GREEDY, max_tokens=20)
     fresh._turns = session._turns[:1]
     assert ask(fresh, "go on") == text
+
+
+def test_cancel_stops_the_model_not_only_the_output(llm: Any) -> None:
+    session = Session(llm, sampling=GREEDY)
+    drawn = []
+
+    def generate(prompt: list[int], **options: Any) -> Iterator[int]:
+        while len(drawn) < 100:
+            drawn.append(65)
+            yield 65
+            while not session._cancelled:
+                time.sleep(0.001)
+
+    llm.generate = generate
+    for _ in session.ask("hello"):
+        session.cancel()
+    assert len(drawn) == 2
+    assert len(last(session).tokens) == 1
+
+
+def test_cancel_drops_what_the_model_is_ahead(llm: Any) -> None:
+    session = Session(llm)
+    speak(llm, b"a" * 100)
+    for _ in session.ask("hello"):
+        assert session._worker is not None
+        session._worker.join()  # all is drawn
+        session.cancel()
+    assert (last(session).text, last(session).ending) == ("a", "cancelled")
 
 
 def test_leaving_the_loop_cancels_too(llm: Any) -> None:

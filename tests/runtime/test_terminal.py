@@ -71,10 +71,14 @@ def test_lines_from_a_pipe_are_turns(model: Path) -> None:
     assert (helped.stdout, b"Ctrl-C" in helped.stderr) == (b"", True)
 
 
-def test_bytes_that_are_no_text_are_survived(model: Path) -> None:
-    done = chat(model, "--temp", "0", "--max-tokens", "5", stdin=b"caf\xe9 \xff\xfe\n")
-    assert done.returncode == 0
-    done.stdout.decode("utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_bytes_that_are_no_text_are_survived(
+    model: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    done = chat(model, "--temp", "0", "--max-tokens", "40", stdin=b"caf\xe9 \xff\xfe\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode(encoding.partition(":")[0])
 
 
 def test_a_message_too_long_exits_2(model: Path) -> None:
