@@ -9,46 +9,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megrez_gguf.errors import GGUFError, OutputError
+from megrez_runtime.logs import log
+from megrez_runtime.model import available_cpus
 from megrez_runtime.patched import require_patched
 
 
-@contextmanager
-def _errors(llama: ModuleType) -> Iterator[list[str]]:
-    """Collects llama.cpp's error lines, and keeps the rest of its log off the terminal."""
-    lines: list[str] = []
-
-    def collect(level: int, text: bytes, _: Any) -> None:
-        if level == 4:  # GGML_LOG_LEVEL_ERROR
-            lines.append(text.decode("utf-8", "replace").strip())
-
-    callback = llama.llama_log_callback(collect)
-    llama.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        llama.llama_log_set(llama._logger.llama_log_callback, ctypes.c_void_p(0))
-
-
-def _failure(path: Path, doing: str, lines: list[str]) -> GGUFError:
-    reason = "; ".join(dict.fromkeys(lines)) or "llama.cpp gives no reason"
+def _failure(path: Path, doing: str) -> GGUFError:
+    reason = log.take_errors() or "llama.cpp gives no reason"
     return GGUFError(f"{path}: llama.cpp cannot {doing} it: {reason}")
-
-
-def _threads() -> int:
-    """Processors this process may use; ggml's threads spin, so one too many is slow."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Engine:
@@ -66,25 +42,24 @@ class Engine:
             raise GGUFError(f"{path}: no such file")
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
-        with _errors(llama) as lines:
-            self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
+        log.install(llama)
+        self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise _failure(path, "load", lines)
+            raise _failure(path, "load")
         self._vocab = llama.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
 
     def _make_context(self) -> None:
         # Not at loading: a text too short for an absurd context should be the complaint.
-        with _errors(self._llama) as lines:
-            self._context = self._llama.llama_init_from_model(self._model, self._context_params())
+        self._context = self._llama.llama_init_from_model(self._model, self._context_params())
         if not self._context:
-            raise _failure(self.path, f"make a context of {self.context} tokens for", lines)
+            raise _failure(self.path, f"make a context of {self.context} tokens for")
 
     def _context_params(self) -> Any:
         llama = self._llama
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self.context
-        params.n_threads = params.n_threads_batch = _threads()
+        params.n_threads = params.n_threads_batch = available_cpus()
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k = params.type_v = llama.GGML_TYPE_F32
         params.offload_kqv = params.op_offload = False
@@ -103,11 +78,10 @@ class Engine:
 
     def close(self) -> None:
         """Free the model; may be called twice."""
-        with _errors(self._llama):
-            if self._context:
-                self._llama.llama_free(self._context)
-            if self._model:
-                self._llama.llama_model_free(self._model)
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
         self._model = self._context = None
 
     @property
@@ -144,10 +118,9 @@ class Engine:
             for i, token in enumerate(tokens.tolist()):
                 batch.token[i], batch.pos[i], batch.logits[i] = token, i, True
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            with _errors(llama) as lines:
-                if llama.llama_decode(self._context, batch) != 0:
-                    raise _failure(self.path, "decode with", lines)
-                pointer = llama.llama_get_logits(self._context)
+            if llama.llama_decode(self._context, batch) != 0:
+                raise _failure(self.path, "decode with")
+            pointer = llama.llama_get_logits(self._context)
             view = np.ctypeslib.as_array(pointer, shape=(length, self.vocab_size))
             return view.astype(np.float32, copy=True)
         finally:
@@ -162,12 +135,12 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     llama = require_patched()
     params = llama.llama_model_quantize_default_params()
     params.ftype = getattr(llama, "LLAMA_FTYPE_MOSTLY_" + kind.upper())
-    params.nthread = _threads()
-    with _errors(llama) as lines:
-        status = llama.llama_model_quantize(
-            os.fsencode(source), os.fsencode(target), ctypes.byref(params)
-        )
+    params.nthread = available_cpus()
+    log.install(llama)
+    status = llama.llama_model_quantize(
+        os.fsencode(source), os.fsencode(target), ctypes.byref(params)
+    )
     if status != 0:
         target.unlink(missing_ok=True)
-        reason = "; ".join(dict.fromkeys(lines)) or f"status {status}"
+        reason = log.take_errors() or f"status {status}"
         raise OutputError(f"{target}: quantizing {source.name} to {kind} failed: {reason}")
