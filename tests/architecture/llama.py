@@ -27,15 +27,13 @@ def _collect(level: int, text: bytes, _: Any) -> None:
         _lines.append(text.decode("utf-8", "replace"))
 
 
-C.llama_log_set(_collect, ctypes.c_void_p(0))
-
-
 class LlamaError(Exception):
     """llama.cpp refused; the message is what it logged."""
 
 
 def said() -> str:
-    """What llama.cpp has warned of or complained about since the last call."""
+    """What llama.cpp has warned of or complained about since the last call; listens from now on."""
+    C.llama_log_set(_collect, ctypes.c_void_p(0))
     text = "".join(_lines).strip()
     _lines.clear()
     return text
