@@ -92,7 +92,7 @@ def load(poetry: Path) -> Corpus:
 
 
 def _draw(text: str, one_in: int) -> bool:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % one_in == 0
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % one_in == 0
 
 
 def _split(documents: Iterable[str], one_in: int) -> tuple[list[str], list[str]]:
