@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from chatting import edit_json
-from conftest import Make
 from gguf import GGUFReader
 
+from conftest import Make
 from megrez_gguf.errors import GGUFError
 from megrez_runtime import load
 from megrez_runtime.template import ChatTemplate, Message, Role
