@@ -132,8 +132,11 @@ def main() -> int:
     for name, count, batch in (("prefill", args.prompt, 512), ("decode", args.answer, 1)):
         for model in models:
             model.run(tokens[:count], batch)  # warm: pages, threads, graph
-        pairs = [[m.run(tokens[:count], batch) for m in models] for _ in range(args.repeats)]
-        result[name] = summary([p[0] for p in pairs], [p[1] for p in pairs])
+        speeds: list[list[float]] = [[], []]
+        for repeat in range(args.repeats):
+            for which in (0, 1) if repeat % 2 else (1, 0):  # neither is always first
+                speeds[which].append(models[which].run(tokens[:count], batch))
+        result[name] = summary(*speeds)
     result["setting"] = {
         "llama_cpp": llama.__version__,
         "commit": subprocess.run(
