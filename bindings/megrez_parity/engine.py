@@ -92,11 +92,11 @@ class Engine:
         return int(self._llama.llama_vocab_bos(self._vocab))
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Token ids of plain `text` (special tokens in it are text), without BOS or EOS."""
+        """Token ids of `text`, special tokens in it recognised, without BOS or EOS."""
         raw = text.encode("utf-8")
         room = len(raw) + 8
         ids = (ctypes.c_int32 * room)()
-        count = self._llama.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, False)
+        count = self._llama.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, True)
         if count < 0:
             raise GGUFError(f"{self.path}: its tokenizer needs more tokens than a text has bytes")
         return np.array(ids[:count], dtype=np.int32)
