@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from megrez_parity.harness import Report, measure
@@ -26,8 +27,8 @@ def markdown(report: Report) -> str:
     """The README's block: a table and where its figures come from."""
     lines = [
         f"The pocket checkpoint against the torch reference ({report.reference_dtype}), over "
-        f"{report.windows} windows of {report.context} tokens of held-out English, Chinese, code "
-        "and chat:",
+        f"{report.windows} windows of",
+        f"{report.context} tokens of held-out English, Chinese, code and chat:",
         "",
         "| level | MiB | NMSE of logits | mean KLD | 99% KLD | max KLD | same top | PPL ratio |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -43,7 +44,7 @@ def markdown(report: Report) -> str:
     ).stdout.strip()
     made_with = {"commit": commit, "cores": str(os.cpu_count()), **report.made_with}
     made = ", ".join(f"{name} {value}" for name, value in made_with.items())
-    lines += ["", f"`scripts/results.py`; {made}. No randomness takes part.", ""]
+    lines += ["", *textwrap.wrap(f"`scripts/results.py`; {made}. Nothing is random.", 100), ""]
     return "\n".join(lines)
 
 
