@@ -229,7 +229,7 @@ def render(report: Report) -> str:
         f"{report.parameters:,} parameters, {_bytes(report.nbytes)}",
         "",
         "Hyper-parameters",
-        *(f"  {key:<36} {value}" for key, value in report.hyperparameters.items()),
+        *(f"  {key:<36} {_value(value)}" for key, value in report.hyperparameters.items()),
         "",
         "Layers",
         f"  dense: {_ranges(report.dense_layers) or 'none'}",
@@ -267,6 +267,11 @@ def _row(tensor: TensorReport) -> str:
     ]
     row = f"  {tensor.name:<32} {tensor.type:<8} {shape:<20} {_bytes(tensor.nbytes):>11}"
     return f"{row}  {', '.join(counts)}".rstrip()
+
+
+def _value(value: Any) -> str:
+    """GGUF floats are float32, whose seven digits are all that can be told."""
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def _bytes(count: int) -> str:
