@@ -1,0 +1,230 @@
+"""What a parity run finds: plain data, the same in Python, in JSON and in every report.
+
+The JSON form is `Report.as_dict()`; `report.schema.json` describes it. Shapes: S tokens a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Raised whenever a field changes its name or meaning.
+SCHEMA_VERSION = 1
+
+# Where a figure must not fall; all others must not rise.
+_FLOORS = {"same_top_p", "tokenizer_agreement"}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Figures of one comparison, as llama-perplexity defines them (NMSE apart).
+
+    KLD is in nats, of the candidate from the reference; delta-p is the candidate's probability of
+    the text's next token minus the reference's, -1 to 1.
+    """
+
+    nmse: Figure  # mean squared error of the logits over the mean square of the reference's
+    mean_kld: Figure
+    median_kld: Figure
+    kld_90: Figure  # percentiles over positions, interpolated
+    kld_99: Figure
+    kld_999: Figure
+    max_kld: Figure  # of these positions: its interval ends at the value
+    mean_delta_p: Figure
+    rms_delta_p: Figure
+    same_top_p: Figure  # share of positions where both rank the same token first, 0 to 1
+    perplexity: Figure  # of the candidate, on the text
+    reference_perplexity: Figure
+    perplexity_ratio: Figure  # candidate's over reference's
+    positions: int  # positions scored
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A tensor whose rows cannot hold the type its level asks for."""
+
+    tensor: str
+    wanted: str  # ggml type names, e.g. "q4_K"
+    got: str
+    nbytes: int  # what the tensor takes
+    extra_bytes: int  # above what the wanted type would take, at its bits a weight
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRouting:
+    """Which experts ran in one MoE layer, against the reference."""
+
+    layer: int
+    identical: Figure  # share of tokens whose expert set is the reference's
+    overlap: Figure  # mean share of a token's experts that are the reference's
+    first_ties: int  # tokens that first leave the reference here by less than `noise`...
+    first_diverged: int  # ... and by more: not what this level's noise explains
+    noise: float  # difference of two selection scores that this level's noise can turn round
+    unfaithful: int  # tokens routed otherwise than the reference's router would route the same state
+    input_nmse: float  # error of the state the router reads: with pre-gate, of the layer before
+    own_nmse: float  # error of the state this layer's FFN reads: what it would read without
+
+
+@dataclass(frozen=True, slots=True)
+class TracePoint:
+    """One tensor of one layer, compared over the traced windows."""
+
+    name: str  # llama.cpp's: ffn_inp, ffn_norm, ffn_moe_logits, ffn_moe_out, ffn_shexp, ...
+    layer: int
+    nmse: float  # against the reference: with all error from the layers before
+    local_nmse: float  # against the reference's layer fed with the candidate's own input
+    tolerance: float | None  # for `local_nmse`; None where none is known
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Where it breaks. `points` are in the order they are computed."""
+
+    points: list[TracePoint]
+
+    @property
+    def first_beyond(self) -> TracePoint | None:
+        """The first tensor whose own error is beyond its tolerance; NaN always is."""
+        for point in self.points:
+            if point.tolerance is not None and not point.local_nmse <= point.tolerance:
+                return point
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """The largest magnitude that enters matrix products at one place."""
+
+    name: str  # e.g. "ffn_moe_swiglu"
+    enters: str  # e.g. "ffn_down_exps"
+    layer: int | None  # None: outside the layers
+    max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Would F16 hold this model? Counts are of the checkpoint's weights."""
+
+    activations: list[Activation]
+    overflowing_weights: int  # become infinite
+    flushed_weights: int  # become 0
+    subnormal_weights: int  # keep fewer bits than F16 has
+    weights: int
+    verdict: str  # one line
+
+
+@dataclass(frozen=True, slots=True)
+class LevelResult:
+    """One file: its figures, and the thresholds that apply to them."""
+
+    level: str  # the level, or the path of a file given
+    kind: str  # the level whose thresholds apply; "" when none do
+    file_bytes: int
+    sha256: str
+    types: dict[str, int]  # bytes in tensors of each ggml type
+    fallbacks: list[Fallback]
+    metrics: Metrics
+    domains: dict[str, Metrics]
+    kld_percentiles: list[float]  # 0th, 1st, ... 100th, in nats
+    routing: list[LayerRouting]
+    depth: dict[str, list[float]]  # "ffn_norm", "l_out": NMSE after each layer
+    tokenizer_agreement: float  # share of the texts' tokens that its own tokenizer gives too
+    trace: Trace | None
+    thresholds: dict[str, float]
+    seconds: dict[str, float]  # make, forward, compare
+
+    def figure(self, name: str) -> float:
+        """The figure a threshold of this name bounds."""
+        if name == "tokenizer_agreement":
+            return self.tokenizer_agreement
+        figure: Figure = getattr(self.metrics, name)
+        return figure.value
+
+    @property
+    def misses(self) -> list[str]:
+        """One sentence for every figure beyond its threshold; NaN always is."""
+        return list(self._misses())
+
+    def _misses(self) -> Iterator[str]:
+        for name, limit in self.thresholds.items():
+            figure, floor = self.figure(name), name in _FLOORS
+            if not (figure >= limit if floor else figure <= limit):
+                relation = "below" if floor else "above"
+                yield f"{self.level}: {name} {figure:.6g} is {relation} {limit:g}"
+        point = self.trace.first_beyond if self.trace else None
+        if point:
+            yield (
+                f"{self.level}: {point.name}-{point.layer} is the first tensor to err by itself: "
+                f"local NMSE {point.local_nmse:.3g} is above {point.tolerance:g}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A held-out text; its file's stem is the domain it stands for."""
+
+    domain: str
+    path: str
+    sha256: str
+    tokens: int  # in the whole text
+    windows: int  # taken from its start
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceRun:
+    """How the reference was computed."""
+
+    dtype: str
+    seconds: float  # of computing, over all runs it took; 0 is impossible
+    peak_rss: int  # bytes, of the whole process while it computed
+    cached: bool  # whether this run found all of it in the cache
+    cache: str  # folder
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All levels of one checkpoint over the same windows of text."""
+
+    checkpoint: str
+    context: int  # tokens a window
+    texts: list[Text]
+    reference: ReferenceRun
+    audit: Audit | None
+    provenance: dict[str, str]
+    levels: list[LevelResult]
+    schema: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def misses(self) -> list[str]:
+        return [miss for level in self.levels for miss in level.misses]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what is not a number there (NaN, infinities) becomes None."""
+        data = asdict(self)
+        for level, raw in zip(self.levels, data["levels"], strict=True):
+            raw["misses"] = level.misses
+            if level.trace:
+                first = level.trace.first_beyond
+                raw["trace"]["first_beyond"] = f"{first.name}-{first.layer}" if first else None
+        data |= {"passed": not self.misses, "misses": self.misses}
+        finite: dict[str, Any] = _finite(data)
+        return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
