@@ -18,13 +18,14 @@ What differs from a DeepSeek-V3 or GLM-4 mixture of experts:
   every score of a kept group negative.
 
 Shapes: B batch, S sequence, D hidden, V vocabulary, H query heads, G key-value heads, C head_dim,
-E experts, K experts a token uses, N = B * S.
+E experts, K experts a token uses, N = B * S, F an MLP's inner width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from megrez_gguf.errors import CheckpointError
 
 Weights = Mapping[str, Tensor]
 Trace = Callable[[str, int, Tensor], None]
+Rope = tuple[Tensor, Tensor]
 
 
 def forward(
@@ -45,23 +47,36 @@ def forward(
 ) -> Tensor:
     """Logits `[B, S, V]` for token ids `tokens` `[B, S]`; position 0 is the first column.
 
-    `trace(name, layer, tensor)` sees the intermediates under llama.cpp's names: attn_out, ffn_norm
-    and l_out `[B, S, D]`; ffn_moe_logits `[B, S, E]`; ffn_moe_topk and ffn_moe_weights `[B, S, K]`;
-    ffn_moe_out, ffn_shexp and ffn_out (dense layers) `[B, S, D]`.
+    `trace(name, layer, tensor)` sees the intermediates under llama.cpp's names: attn_norm, ffn_inp,
+    ffn_norm, ffn_moe_out, ffn_shexp, ffn_out, l_out and (layer -1) result_norm `[B, S, D]`;
+    ffn_moe_logits and ffn_moe_probs_biased, the scores that select, `[B, S, E]`; ffn_moe_topk and
+    ffn_moe_weights `[B, S, K]`; kqv_out `[B, S, H * C]`, before o_proj; and before down projections
+    ffn_swiglu and ffn_shexp_swiglu `[B, S, F]`, ffn_moe_swiglu `[tokens, F]` of one expert a call.
     Raises TypeError for weights of another dtype, KeyError naming a tensor that is missing.
     """
     emit = trace or (lambda name, layer, tensor: None)
-    embed = weights["model.embed_tokens.weight"]
-    if embed.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"the reference computes in float32 or float64, weights are {embed.dtype}")
-    rope = rotary(config, tokens.shape[1], embed.dtype, embed.device)
-    x = F.embedding(tokens, embed)  # [B, S, D]
+    x = embed(weights, tokens)
+    rope = rotary(config, tokens.shape[1], x.dtype, x.device)
     previous = None
     for layer in range(config.num_hidden_layers):
         x, previous = block(config, weights, layer, x, previous, rope, emit)
+    return head(config, weights, x, emit)
+
+
+def embed(weights: Weights, tokens: Tensor) -> Tensor:
+    """The residual stream `[B, S, D]` that enters the first layer."""
+    table = weights["model.embed_tokens.weight"]
+    if table.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the reference computes in float32 or float64, weights are {table.dtype}")
+    return F.embedding(tokens, table)
+
+
+def head(config: ModelConfig, weights: Weights, x: Tensor, emit: Trace) -> Tensor:
+    """Logits `[B, S, V]` of the residual stream `x` `[B, S, D]` that leaves the last layer."""
     x = rms_norm(config, weights["model.norm.weight"], x)
+    emit("result_norm", -1, x)
     tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-    return x @ (embed if tied else weights["lm_head.weight"]).T
+    return x @ weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T
 
 
 def block(
@@ -70,7 +85,7 @@ def block(
     layer: int,
     x: Tensor,
     previous: Tensor | None,
-    rope: tuple[Tensor, Tensor],
+    rope: Rope,
     emit: Trace,
 ) -> tuple[Tensor, Tensor]:
     """One layer: the residual stream `[B, S, D]` after it, and the state its FFN read.
@@ -79,23 +94,24 @@ def block(
     """
     prefix = f"model.layers.{layer}."
     h = rms_norm(config, weights[prefix + "input_layernorm.weight"], x)
-    attended = attention(config, weights, prefix + "self_attn.", h, rope)
-    emit("attn_out", layer, attended)
-    x = x + attended
+    emit("attn_norm", layer, h)
+    x = x + attention(config, weights, layer, h, rope, emit)
+    emit("ffn_inp", layer, x)
     h = rms_norm(config, weights[prefix + "post_attention_layernorm.weight"], x)
     emit("ffn_norm", layer, h)
     if config.is_moe(layer):
         routed_on = previous if config.pre_gate and previous is not None else h
         ids, w = route(config, weights, layer, routed_on, emit)
-        y = experts(config, weights, config.pool_layer(layer), h, ids, w)
+        y = experts(config, weights, layer, h, ids, w, emit)
         emit("ffn_moe_out", layer, y)
         if config.n_shared_experts:
-            shared = swiglu(weights, prefix + "mlp.shared_experts.", h)
+            entering = partial(emit, "ffn_shexp_swiglu", layer)
+            shared = swiglu(weights, prefix + "mlp.shared_experts.", h, entering)
             emit("ffn_shexp", layer, shared)
             y = y + shared
     else:
-        y = swiglu(weights, prefix + "mlp.", h)
-        emit("ffn_out", layer, y)
+        y = swiglu(weights, prefix + "mlp.", h, partial(emit, "ffn_swiglu", layer))
+    emit("ffn_out", layer, y)
     x = x + y
     emit("l_out", layer, x)
     return x, h
@@ -114,6 +130,7 @@ def route(
         choice = scores + weights[prefix + "e_score_correction_bias"]
     if config.n_group > 1:
         choice = limit_groups(choice, config.n_group, config.topk_group)
+    emit("ffn_moe_probs_biased", layer, choice)
     ids = choice.topk(config.num_experts_per_tok, -1).indices
     emit("ffn_moe_topk", layer, ids)
     w = scores.gather(-1, ids)
@@ -134,12 +151,20 @@ def limit_groups(choice: Tensor, groups: int, kept: int) -> Tensor:
 
 
 def experts(
-    config: ModelConfig, weights: Weights, pool: int, h: Tensor, ids: Tensor, w: Tensor
+    config: ModelConfig,
+    weights: Weights,
+    layer: int,
+    h: Tensor,
+    ids: Tensor,
+    w: Tensor,
+    emit: Trace,
 ) -> Tensor:
-    """Sum of `w * expert[ids](h)` `[B, S, D]`, experts taken from layer `pool`.
+    """Sum of `w * expert[ids](h)` `[B, S, D]`, experts taken from the pool `layer` uses.
 
     Only experts that some token uses are looked up, each once.
     """
+    prefix = f"model.layers.{config.pool_layer(layer)}.mlp.experts."
+    entering = partial(emit, "ffn_moe_swiglu", layer)
     states = h.flatten(0, 1)  # [B, S, D] -> [N, D]
     chosen = ids.flatten()  # [B, S, K] -> [N * K]
     order = chosen.argsort(stable=True)  # positions in `chosen`, sorted by expert
@@ -149,16 +174,17 @@ def experts(
     for expert, count in enumerate(counts.tolist()):
         if count:
             mine = states[token[start : start + count]]  # [count, D]
-            outputs.append(swiglu(weights, f"model.layers.{pool}.mlp.experts.{expert}.", mine))
+            outputs.append(swiglu(weights, f"{prefix}{expert}.", mine, entering))
         start += count
     weighted = torch.cat(outputs) * w.flatten()[order].unsqueeze(-1)  # [N * K, D]
     return torch.zeros_like(states).index_add(0, token, weighted).view_as(h)  # [N, D] -> [B, S, D]
 
 
 def attention(
-    config: ModelConfig, weights: Weights, prefix: str, h: Tensor, rope: tuple[Tensor, Tensor]
+    config: ModelConfig, weights: Weights, layer: int, h: Tensor, rope: Rope, emit: Trace
 ) -> Tensor:
     """Causal grouped-query attention over `h` `[B, S, D]`."""
+    prefix = f"model.layers.{layer}.self_attn."
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = (linear(weights, f"{prefix}{name}_proj", h) for name in "qkv")
     batch, length, _ = h.shape
@@ -174,12 +200,13 @@ def attention(
     out = scores.masked_fill(future, -math.inf).softmax(-1) @ v  # [B, G, H / G, S, C]
     # [B, G, H / G, S, C] -> [B, H, S, C] -> [B, S, H, C] -> [B, S, H * C]
     out = out.flatten(1, 2).transpose(1, 2).flatten(2)
+    emit("kqv_out", layer, out)
     return linear(weights, prefix + "o_proj", out)
 
 
 def rotary(
     config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Rope:
     """cos and sin `[S, C / 2]` for positions 0 to `length` - 1, computed in float64."""
     size, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     pair = torch.arange(0, size, 2, dtype=torch.float64, device=device)
@@ -204,7 +231,7 @@ def rotary(
     return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding of `x` `[B, heads, S, C]`, pairing dimension i with i + C / 2."""
     cos, sin = rope
     a, b = x.chunk(2, -1)  # [B, heads, S, C] -> 2 x [B, heads, S, C / 2]
@@ -215,9 +242,12 @@ def rms_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.rms_norm_eps) * weight
 
 
-def swiglu(weights: Weights, prefix: str, h: Tensor) -> Tensor:
+def swiglu(weights: Weights, prefix: str, h: Tensor, entering: Callable[[Tensor], None]) -> Tensor:
+    """The MLP `prefix` of `h` `[..., D]`; `entering` sees the `[..., F]` that down_proj reads."""
     gate, up, down = (weights[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down"))
-    return (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+    z = F.silu(h @ gate.T) * (h @ up.T)
+    entering(z)
+    return z @ down.T
 
 
 def linear(weights: Weights, name: str, h: Tensor) -> Tensor:
@@ -228,32 +258,39 @@ def linear(weights: Weights, name: str, h: Tensor) -> Tensor:
 class CheckpointWeights(Mapping[str, Tensor]):
     """The tensors of a checkpoint folder under their names, read and upcast at each access.
 
-    Nothing is kept, so a checkpoint larger than memory can be run; `dict(...)` loads a small one.
+    No copy is kept, so a checkpoint larger than memory can be run; `dict(...)` loads a small one.
+    What was read stays mapped, and resident, until `reopen()`.
     Raises CheckpointError when the folder has no readable `*.safetensors`.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+        self.folder, self.dtype = folder, dtype
         self._home: dict[str, Any] = {}  # tensor name -> the open shard that holds it
-        shards = sorted(folder.glob("*.safetensors"))
-        if not shards:
-            raise CheckpointError(f"{folder}: no *.safetensors file in this folder")
-        for path in shards:
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Open the shards anew, which unmaps all that no tensor still uses."""
+        self._home.clear()
+        for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 shard: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as e:
                 raise CheckpointError(f"{path}: cannot be read as safetensors: {e}") from None
             self._home.update(dict.fromkeys(shard.keys(), shard))
+        if not self._home:
+            raise CheckpointError(f"{self.folder}: no *.safetensors file in this folder")
 
     @property
     def parameters(self) -> int:
         """Elements of all tensors."""
-        shapes = (shard.get_slice(name).get_shape() for name, shard in self._home.items())
-        return sum(map(math.prod, shapes))
+        return sum(math.prod(s.get_slice(n).get_shape()) for n, s in self._home.items())
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor.to(self.dtype)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._home
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)

@@ -30,6 +30,10 @@ def load(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -47,13 +51,17 @@ def test_calibration(changes: dict[str, Any], tmp_path: Path) -> None:
     weights = CheckpointWeights(tmp_path / "c", torch.float64)
     tokens = torch.randint(0, 2048, (2, 128), generator=torch.Generator().manual_seed(0))
     margins, chosen = [], {}
+    stream = weights["model.embed_tokens.weight"][tokens]
 
     def watch(name: str, layer: int, x: Tensor) -> None:
-        size = float(x.double().square().mean().sqrt())
+        nonlocal stream
         if name == "l_out":
-            assert 1 < size < 6
-        if name in ("attn_out", "ffn_moe_out", "ffn_shexp", "ffn_out"):
-            assert 0.2 < size < 1.5, (name, layer)
+            assert 1 < rms(x) < 6
+            stream = x
+        if name == "ffn_inp":
+            assert 0.2 < rms(x - stream) < 1.5, (name, layer)
+        if name in ("ffn_moe_out", "ffn_shexp") or (name == "ffn_out" and not config.is_moe(layer)):
+            assert 0.2 < rms(x) < 1.5, (name, layer)
         if name == "ffn_moe_logits":
             scores = x.sigmoid() if config.scoring_func == "sigmoid" else x.softmax(-1)
             if config.has_correction_bias:

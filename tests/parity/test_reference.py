@@ -120,6 +120,60 @@ def traced(config: ModelConfig, weights: dict[str, Tensor]) -> dict[tuple[str, i
     return seen
 
 
+@pytest.mark.parametrize("changes", [{}, {"n_group": 4, "topk_group": 2}], ids=str)
+def test_traced_intermediates_follow_from_each_other(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config, weights = config_and_weights(SMALL | changes, tmp_path)
+    entering: dict[int, list[Tensor]] = {layer: [] for layer in config.moe_layers}
+    seen = {}
+
+    def keep(name: str, layer: int, tensor: Tensor) -> None:
+        if name == "ffn_moe_swiglu":
+            entering[layer].append(tensor)
+        else:
+            assert (name, layer) not in seen
+            seen[name, layer] = tensor
+
+    logits = forward(config, weights, some_tokens(), keep)
+    torch.testing.assert_close(logits, seen["result_norm", -1] @ weights["lm_head.weight"].T)
+    x = weights["model.embed_tokens.weight"][some_tokens()]
+    for layer in range(7):
+        p = f"model.layers.{layer}."
+        q = seen["attn_norm", layer] @ weights[p + "self_attn.q_proj.weight"].T
+        assert q.shape == seen["kqv_out", layer].shape == (1, 40, 64)
+        attended = seen["kqv_out", layer] @ weights[p + "self_attn.o_proj.weight"].T
+        torch.testing.assert_close(seen["ffn_inp", layer], x + attended)
+        x = seen["l_out", layer]
+        torch.testing.assert_close(x, seen["ffn_inp", layer] + seen["ffn_out", layer])
+        out = seen["ffn_out", layer]
+        if layer == 0:
+            down = weights[p + "mlp.down_proj.weight"]
+            torch.testing.assert_close(out, seen["ffn_swiglu", layer] @ down.T)
+            continue
+        torch.testing.assert_close(out, seen["ffn_moe_out", layer] + seen["ffn_shexp", layer])
+        down = weights[p + "mlp.shared_experts.down_proj.weight"]
+        torch.testing.assert_close(
+            seen["ffn_shexp", layer], seen["ffn_shexp_swiglu", layer] @ down.T
+        )
+        scores = seen["ffn_moe_probs_biased", layer]
+        bias = weights[p + "mlp.gate.e_score_correction_bias"]
+        expected = seen["ffn_moe_logits", layer].sigmoid() + bias
+        kept = scores.isfinite()
+        torch.testing.assert_close(scores[kept], expected[kept])
+        assert kept.sum(-1).unique().tolist() == [4 if changes else 8]
+        ids = seen["ffn_moe_topk", layer]
+        assert torch.equal(ids, scores.topk(3, -1).indices)
+        counts = ids.flatten().bincount(minlength=8)
+        assert [len(z) for z in entering[layer]] == counts[counts > 0].tolist()
+        first = int(counts.nonzero()[0])
+        token = int((ids[0] == first).any(-1).nonzero()[0])
+        prefix = f"model.layers.{config.pool_layer(layer)}.mlp.experts.{first}."
+        h = seen["ffn_norm", layer][0, token]
+        gate, up = (weights[f"{prefix}{n}_proj.weight"] @ h for n in ("gate", "up"))
+        torch.testing.assert_close(entering[layer][0][0], gate * gate.sigmoid() * up)
+
+
 def test_router_reads_the_previous_layers_state(tmp_path: Path) -> None:
     config, weights = config_and_weights(SMALL, tmp_path)
     seen = traced(config, weights)
@@ -252,6 +306,7 @@ def test_streamed_weights_give_the_same_logits(tmp_path: Path) -> None:
     config, weights = config_and_weights(SMALL, tmp_path, shard_bytes=100_000)
     streamed = CheckpointWeights(tmp_path / "checkpoint", torch.float64)
     assert streamed.parameters == sum(w.numel() for w in weights.values())
+    streamed.reopen()
     assert torch.equal(
         forward(config, streamed, some_tokens()), forward(config, weights, some_tokens())
     )
