@@ -7,7 +7,6 @@ model that is quietly wrong.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megrez_gguf.errors import CheckpointError
+from megrez_gguf.json_file import load_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -370,25 +370,6 @@ def _check_layout(shard: Shard, tensors: list[Tensor], base: int) -> None:
 
 
 # --- shared ------------------------------------------------------------------------------------
-
-
-def load_json(text: bytes | str) -> Any:
-    """Parse JSON, refusing duplicate keys: two readers may each believe another one of them.
-
-    Raises ValueError or RecursionError.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"key {_clip(key)} appears twice")
-            found[key] = value
-        return found
-
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
-    return json.loads(text, object_pairs_hook=unique)
 
 
 def _few(names: list[str], limit: int = 3) -> str:

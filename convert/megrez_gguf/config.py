@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from megrez_gguf.errors import ConfigError
+from megrez_gguf.json_file import read_object
 
 ARCHITECTURE = "MegrezMoeForCausalLM"
 
@@ -163,12 +164,9 @@ class ModelConfig:
             raise ConfigError(f"{folder}: no such folder")
         if not folder.is_dir():
             raise ConfigError(f"{folder}: not a folder; give the folder that holds config.json")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{folder}: no config.json in this folder") from None
-        except (OSError, ValueError, RecursionError) as e:
-            raise ConfigError(f"{path}: cannot be read as JSON: {e}") from None
+        raw = read_object(path, ConfigError)
+        if raw is None:
+            raise ConfigError(f"{folder}: no config.json in this folder")
         return cls.from_dict(raw, source=str(path))
 
     @classmethod

@@ -20,10 +20,11 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from megrez_gguf import encode, layout, metadata
-from megrez_gguf.checkpoint import Checkpoint, Tensor, load_json
+from megrez_gguf.checkpoint import Checkpoint, Tensor
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.encode import ENCODINGS, Encoding, Loss
 from megrez_gguf.errors import CheckpointError, ConfigError, OutputError
+from megrez_gguf.json_file import read_object
 from megrez_gguf.layout import Plan, Target
 from megrez_gguf.tokenizer import read_vocabulary
 
@@ -94,12 +95,12 @@ def convert(
     written = [_Written(t, _encoding(t, main)) for t in plan.targets]
 
     parameters = sum(w.target.size for w in written)
+    raw_config = read_object(folder / "config.json", ConfigError) or {}
+    generation = read_object(folder / "generation_config.json", ConfigError) or {}
     values = {
-        **metadata.general(
-            folder, config, _json(folder / "config.json"), parameters, main.file_type
-        ),
+        **metadata.general(folder, config, raw_config, parameters, main.file_type),
         **metadata.architecture(config),
-        **metadata.sampling(_json(folder / "generation_config.json")),
+        **metadata.sampling(generation),
         **vocabulary.key_values(),
     }
     path = Path(out) if out is not None else Path(f"{values['general.name']}-{main.name}.gguf")
@@ -145,19 +146,6 @@ def _encoding(target: Target, main: Encoding) -> Encoding:
     if target.shape[-1] % main.block:
         return ENCODINGS["F16"]
     return main
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """An optional JSON object; what is not readable as one is reported where it matters."""
-    try:
-        raw = load_json(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as e:
-        raise ConfigError(f"{path}: cannot be read as JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
 
 
 def _remarks(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megrez_gguf.checkpoint import load_json
 from megrez_gguf.errors import TokenizerError
+from megrez_gguf.json_file import read_object
 from megrez_gguf.metadata import KeyValues
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -134,21 +134,13 @@ class _Builder:
         raise TokenizerError(f"{self.path}: {reason}")
 
     def _object(self, name: str, required: bool = False) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            raw = load_json(path.read_bytes())
-        except FileNotFoundError:
-            if required:
-                raise TokenizerError(
-                    f"{self.folder}: no {name}; save the tokenizer with transformers' fast "
-                    "tokenizer class first"
-                ) from None
-            return {}
-        except (OSError, ValueError, RecursionError) as e:
-            raise TokenizerError(f"{path}: cannot be read as JSON: {e}") from None
-        if not isinstance(raw, dict):
-            raise TokenizerError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-        return raw
+        raw = read_object(self.folder / name, TokenizerError)
+        if raw is None and required:
+            raise TokenizerError(
+                f"{self.folder}: no {name}; save the tokenizer with transformers' fast tokenizer "
+                "class first"
+            )
+        return raw or {}
 
     def _model(self) -> tuple[dict[str, int], list[str], bool]:
         """Vocabulary, merges as "left right", ignore_merges."""

@@ -117,6 +117,10 @@ CASES: dict[str, tuple[Damage, str]] = {
         lambda f: (f / "config.json").write_text("{"),
         r"config\.json: cannot be read as JSON",
     ),
+    "config says a thing twice": (
+        lambda f: (f / "config.json").write_text('{"pre_gate": true, "pre_gate": false}'),
+        r"config\.json: cannot be read as JSON: key 'pre_gate' appears twice",
+    ),
     "unknown architecture": (
         config(architectures=["MixtralForCausalLM"]),
         r"unknown architecture 'MixtralForCausalLM'.*knows MegrezMoeForCausalLM",
