@@ -188,8 +188,8 @@ def measure(case: Case, folder: Path, seed: int = 0) -> float:
     with Engine(gguf, TOKENS) as engine:
         logits = engine.logits(tokens)
     comparison = Comparison()
-    comparison.add(reference.numpy(), logits, tokens)
-    return comparison.result().nmse
+    comparison.add(reference.numpy()[:-1], logits[:-1], tokens[1:])
+    return comparison.result().nmse.value
 
 
 def main() -> int:
