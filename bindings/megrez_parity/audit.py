@@ -1,0 +1,116 @@
+"""Would F16 hold this model? Its weights, and what they are multiplied with, against F16's range.
+
+The kernels of F16 weights narrow what enters a product to F16 as well, so an activation beyond
+65504 becomes infinite although no weight does. What enters down projections is the largest, and
+the patched llama.cpp rescales it (F16's range is not met there whatever the activation). Stock
+llama.cpp and the files' other runtimes do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megrez_gguf import encode, layout
+from megrez_gguf.checkpoint import Checkpoint
+from megrez_gguf.config import ModelConfig
+from megrez_parity.results import Activation, Audit
+
+if TYPE_CHECKING:
+    from megrez_parity.stream import StoredReference
+
+_LARGEST = 65504.0
+_SMALLEST_NORMAL = 2.0**-14
+
+# Activation -> what it enters, by GGUF names without "blk.N." and ".weight".
+_ENTERS = {
+    "attn_norm": ("attn_q", "attn_k", "attn_v"),
+    "kqv_out": ("attn_output",),
+    "ffn_swiglu": ("ffn_down",),
+    "ffn_moe_swiglu": ("ffn_down_exps",),
+    "ffn_shexp_swiglu": ("ffn_down_shexp",),
+}
+_RESCALED = ("ffn_swiglu", "ffn_moe_swiglu", "ffn_shexp_swiglu")
+
+
+def audit(
+    config: ModelConfig,
+    checkpoint: Path,
+    reference: StoredReference,
+    progress: Callable[[int, int], None] | None = None,
+) -> Audit:
+    """Count what F16 would lose of the checkpoint's weights; compare activations with its range.
+
+    Activations are `reference.maxima`, of the windows it ran on. Weights are all that an F16 file
+    stores as F16, so no norm, bias or router; each is read, and `progress(bytes done, bytes in
+    all)` follows. Raises CheckpointError when the checkpoint is not what `config` requires or
+    cannot be read.
+    """
+    activations = [
+        Activation(name, _enters(config, name, layer), layer if layer >= 0 else None, largest)
+        for (name, layer), largest in reference.maxima.items()
+    ]
+    tensors = [
+        tensor
+        for target in layout.plan(config, Checkpoint.open(checkpoint)).targets
+        if not target.f32
+        for tensor in target.sources
+    ]
+    total, done, subnormal, loss = sum(t.nbytes for t in tensors), 0, 0, encode.Loss()
+    for tensor in tensors:
+        for raw in tensor.chunks():
+            values = encode.to_f32(raw)
+            loss += encode.count_loss(values, encode.ENCODINGS["F16"])
+            magnitude = np.abs(values)
+            small = magnitude < _SMALLEST_NORMAL
+            subnormal += int(np.count_nonzero(small & (magnitude > encode.F16_FLUSH)))
+            done += raw.nbytes
+            if progress:
+                progress(done, total)
+    weights = sum(t.size for t in tensors)
+    return Audit(
+        activations=activations,
+        overflowing_weights=loss.overflow,
+        flushed_weights=loss.flushed,
+        subnormal_weights=subnormal,
+        weights=weights,
+        verdict=_verdict(activations, loss, subnormal, weights),
+    )
+
+
+def _enters(config: ModelConfig, name: str, layer: int) -> str:
+    if name == "result_norm":
+        return "token_embd" if config.tie_word_embeddings else "output"
+    if name != "ffn_norm":
+        return ", ".join(_ENTERS[name])
+    if not config.is_moe(layer):
+        return "ffn_gate, ffn_up"
+    shared = ", ffn_gate_shexp, ffn_up_shexp" if config.n_shared_experts else ""
+    return f"ffn_gate_exps, ffn_up_exps{shared}"
+
+
+def _verdict(activations: list[Activation], loss: encode.Loss, subnormal: int, weights: int) -> str:
+    # NaN is beyond any range.
+    beyond = [a for a in activations if not a.max_abs <= encode.F16_LIMIT]
+    if loss.overflow or any(a.name not in _RESCALED for a in beyond):
+        answer = "F16 does not hold this model"
+    elif beyond:
+        answer = "F16 holds this model only where down projections are rescaled, as here"
+    else:
+        answer = "F16 holds this model"
+    worst = max(activations, key=lambda a: (np.isnan(a.max_abs), a.max_abs))
+    place = f"{worst.name} into {worst.enters}"
+    place += "" if worst.layer is None else f" of layer {worst.layer}"
+    relation = (
+        f"{_LARGEST / worst.max_abs:,.3g} times below"
+        if worst.max_abs <= _LARGEST
+        else f"{worst.max_abs / _LARGEST:.3g} times"
+    )
+    return (
+        f"{answer}: the largest activation, {worst.max_abs:.5g} ({place}), is {relation} "
+        f"{_LARGEST:.0f}; of {weights:,} weights {loss.overflow:,} overflow, {loss.flushed:,} "
+        f"become 0 and {subnormal:,} keep fewer bits"
+    )

@@ -1,0 +1,161 @@
+"""Where it breaks: tensor by tensor through the layers, what each adds to a candidate's error.
+
+The TOTAL error of a tensor is against the reference. Its LOCAL error is against the reference's
+layer fed with what the candidate fed its own: the residual stream that the layer before left (its
+`l_out`) and, with pre-gate, the state that the layer before read (its `ffn_norm`). Errors of the
+layers before are in both and cancel, so a layer that is wrong stands out and one that is only fed
+wrong does not. Within a layer, the first tensor to err is the one to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megrez_gguf.config import ModelConfig
+from megrez_parity.reference import CheckpointWeights, block, embed, head, rotary
+from megrez_parity.results import Trace, TracePoint
+from megrez_parity.routing import Nmse, Nodes, captured
+
+# What `Engine.run` has to capture, under llama.cpp's names; tensors outside layers are of layer -1.
+CAPTURE = (
+    "embd",
+    "kqv_out",
+    "ffn_inp",
+    "ffn_norm",
+    "ffn_moe_logits",
+    "ffn_moe_probs_biased",
+    "ffn_moe_out",
+    "ffn_shexp",
+    "ffn_out",
+    "l_out",
+    "result_norm",
+    "result_output",
+)
+
+# Up to this many parameters the reference runs in float64, as everywhere.
+_DOUBLE_LIMIT = 500_000_000
+
+
+@torch.no_grad()
+def trace(
+    config: ModelConfig,
+    checkpoint: Path,
+    windows: Sequence[NDArray[np.int32]],
+    candidates: Mapping[str, Sequence[Nodes]],
+    tolerances: Mapping[str, Mapping[str, float]],
+) -> dict[str, Trace]:
+    """The trace of each candidate, under the names `candidates` gives them.
+
+    `windows` are token ids, `[S]` each, all as long. `candidates[name][w]` holds what that
+    candidate computed for window w: `CAPTURE` by name and layer, `[S, columns]` each, in the last
+    layer and after it perhaps of the last positions only; one layer is read at a time, so the
+    arrays may be mapped files. `tolerances[name]` bounds local errors by tensor name.
+
+    Runs the reference's forward pass once for itself and once for each candidate; weights are read
+    once for all, one group's experts being in memory at a time. Raises CheckpointError when the
+    checkpoint cannot be read, ValueError for a tensor that was not captured.
+    """
+    weights = CheckpointWeights(checkpoint)
+    if weights.parameters <= _DOUBLE_LIMIT:
+        weights = CheckpointWeights(checkpoint, torch.float64)
+    found = {name: _Candidate(config, nodes) for name, nodes in candidates.items()}
+    x = embed(weights, torch.from_numpy(np.stack(windows)).long())  # [W, S, D]
+    for candidate in found.values():
+        candidate.compare("embd", -1, x, x)
+    rope = rotary(config, x.shape[1], x.dtype)
+    previous = None
+    held: dict[str, Tensor] = {}
+    for layer in range(config.num_hidden_layers):
+        _hold(held, config, weights, layer)
+        true = _Seen()
+        x, previous = block(config, held, layer, x, previous, rope, true)
+        for candidate in found.values():
+            entering = candidate.states("l_out" if layer else "embd", layer - 1, x.dtype)
+            read = candidate.states("ffn_norm", layer - 1, x.dtype) if layer else None
+            own = _Seen()
+            block(config, held, layer, entering, read, rope, own)
+            for name in own:
+                candidate.compare(name, layer, true[name], own[name])
+    held.clear()
+    held |= {name: weights[name] for name in weights if not name.startswith("model.layers.")}
+    for candidate in found.values():
+        left = candidate.states("l_out", config.num_hidden_layers - 1, x.dtype)
+        for w in range(len(windows)):  # logits of all windows would take too much memory
+            true, own = _Seen(), _Seen()
+            rows = slice(-left.shape[1], None)
+            true["result_output"] = head(config, held, x[w : w + 1, rows], true)
+            own["result_output"] = head(config, held, left[w : w + 1], own)
+            for name in own:
+                candidate.compare(name, -1, true[name], own[name], first=w)
+    return {name: c.trace(tolerances.get(name, {})) for name, c in found.items()}
+
+
+class _Seen(dict[str, Tensor]):
+    """What the reference emits of `CAPTURE`, in that order."""
+
+    def __call__(self, name: str, layer: int, tensor: Tensor) -> None:
+        if name in CAPTURE:
+            self[name] = tensor
+
+
+class _Candidate:
+    """One candidate's tensors and their errors so far."""
+
+    def __init__(self, config: ModelConfig, nodes: Sequence[Nodes]) -> None:
+        self._nodes = nodes
+        self._errors: dict[tuple[str, int], tuple[Nmse, Nmse]] = {}  # total and local
+        # Tensors a graph does not have: nothing to add, or `ffn_out` is the experts' sum itself.
+        self._absent = {"ffn_moe_probs_biased"} if not config.has_correction_bias else set()
+        self._absent |= {"ffn_moe_out"} if not config.n_shared_experts else set()
+
+    def states(self, name: str, layer: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of all windows, `[W, rows, columns]`."""
+        arrays = [captured(nodes, name, layer) for nodes in self._nodes]
+        return torch.from_numpy(np.stack(arrays)).to(dtype)
+
+    def compare(self, name: str, layer: int, true: Tensor, own: Tensor, first: int = 0) -> None:
+        """Take in a tensor of windows `first`, ...: the reference's `[windows, S, columns]`.
+
+        `true` is of its own forward pass, `own` of its layer with the candidate's input.
+        """
+        if name in self._absent:
+            return
+        errors = self._errors.setdefault((name, layer), (Nmse(), Nmse()))
+        for nodes, *expected in zip(self._nodes[first:], true.numpy(), own.numpy(), strict=False):
+            mine = captured(nodes, name, layer)
+            for error, values in zip(errors, expected, strict=True):
+                values = values[-len(mine) :]
+                if name == "ffn_moe_probs_biased":  # here without the groups that are left out
+                    kept = values > -np.inf
+                    error.add(np.where(kept, mine, 0), np.where(kept, values, 0))
+                else:
+                    error.add(mine, values)
+
+    def trace(self, tolerances: Mapping[str, float]) -> Trace:
+        return Trace(
+            [
+                TracePoint(name, layer, total.value, local.value, tolerances.get(name))
+                for (name, layer), (total, local) in self._errors.items()
+            ]
+        )
+
+
+def _hold(
+    held: dict[str, Tensor], config: ModelConfig, weights: CheckpointWeights, layer: int
+) -> None:
+    """Make `held` the weights that `layer` uses, reading only those not in it."""
+    prefixes = [f"model.layers.{layer}."]
+    if config.is_moe(layer):
+        prefixes.append(f"model.layers.{config.pool_layer(layer)}.mlp.experts.")
+    needed = [name for name in weights if name.startswith(tuple(prefixes))]
+    for name in held.keys() - needed:
+        del held[name]
+    for name in needed:
+        if name not in held:
+            held[name] = weights[name]
