@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 # enum ggml_log_level; llama_cpp's own table of these numbers is out of date.
-_ERROR, _CONTINUED = 4, 5
+_WARNING, _ERROR, _CONTINUED = 3, 4, 5
 
 
 class Log:
@@ -18,16 +18,18 @@ class Log:
     def __init__(self) -> None:
         self.verbose = False
         self._errors: deque[str] = deque(maxlen=8)
+        self._warnings: deque[str] = deque(maxlen=4096)
         self._level = 0
         self._callback: Any = None
 
     def install(self, llama_cpp: ModuleType, verbose: bool = False) -> None:
-        """Receive everything from now on, and forget earlier errors.
+        """Receive everything from now on, and forget what was received.
 
         `verbose` passes each line on to stderr.
         """
         self.verbose = verbose
         self._errors.clear()
+        self._warnings.clear()
         if self._callback is None:
             # llama.cpp keeps the bare pointer: the callback has to outlive every model.
             self._callback = llama_cpp.llama_log_callback(self._receive)
@@ -39,11 +41,19 @@ class Log:
         self._errors.clear()
         return "; ".join(dict.fromkeys(line for line in lines if line))
 
+    def take_warnings(self) -> list[str]:
+        """The lines logged as warnings since the last call or `install`."""
+        lines = "".join(self._warnings).splitlines()
+        self._warnings.clear()
+        return lines
+
     def _receive(self, level: int, text: bytes, _: Any) -> None:
         self._level = level if level != _CONTINUED else self._level
         line = text.decode("utf-8", "replace")
         if self._level == _ERROR:
             self._errors.append(line)
+        elif self._level == _WARNING:
+            self._warnings.append(line)
         if self.verbose:
             print(line, end="", file=sys.stderr, flush=True)
 
