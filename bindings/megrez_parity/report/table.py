@@ -1,0 +1,75 @@
+"""A parity report as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megrez_parity.report.content import Bad
+from megrez_parity.report.judgement import glance
+from megrez_parity.report.words import clean, mib, number
+from megrez_parity.results import Report
+
+
+def print_table(report: Report) -> None:
+    """Print `report` to stdout; outside a terminal as plain, unwrapped text."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=100_000)
+    content = glance(report)
+    table = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(content.header):
+        table.add_column(heading, justify="left" if i in content.left else "right", no_wrap=i > 0)
+    for row in content.rows:
+        table.add_row(*(Text(cell, style="bold red" * isinstance(cell, Bad)) for cell in row))
+    console.print(table)
+    for line in _remarks(report):
+        console.print(Text(line))
+
+
+def _remarks(report: Report) -> Iterator[str]:
+    windows = sum(text.windows for text in report.texts)
+    reference = report.levels[0].metrics.reference_perplexity.value if report.levels else None
+    yield (
+        f"Reference: torch {report.reference.dtype}, PPL {number(reference, '.4f')}; "
+        f"{windows} windows of {report.context} tokens."
+    )
+    for result in report.levels:
+        name = clean(result.level)
+        diverged = [layer for layer in result.routing if layer.first_diverged]
+        if diverged:
+            tokens = sum(layer.first_diverged for layer in diverged)
+            yield (
+                f"Routing: {name}: {tokens} tokens leave the reference's experts by more than "
+                f"noise, first in layer {diverged[0].layer}."
+            )
+        unfaithful = [layer for layer in result.routing if layer.unfaithful]
+        if unfaithful:
+            layers = ", ".join(str(layer.layer) for layer in unfaithful)
+            yield f"Routing: {name}: layers {layers} do not route as their router says."
+        if not result.tokenizer_agreement >= 1:
+            agreement = number(result.tokenizer_agreement, ".4%")
+            yield f"Tokenizer: {name}: {agreement} of the texts' tokens are its own."
+    if any(result.fallbacks for result in report.levels):
+        parts = [
+            f"{clean(result.level)} {len(result.fallbacks)} "
+            f"(+{mib(sum(fallback.extra_bytes for fallback in result.fallbacks))} MiB)"
+            for result in report.levels
+            if result.fallbacks
+        ]
+        yield f"Tensors that fell back to a wider type: {', '.join(parts)}."
+    traced = [result for result in report.levels if result.trace]
+    for result in traced:
+        point = result.trace.first_beyond if result.trace else None
+        if point:
+            yield (
+                f"Trace: {clean(result.level)}: {point.name}-{point.layer} is the first tensor "
+                f"beyond its tolerance: {number(point.local_nmse)} > {number(point.tolerance)}."
+            )
+    if traced and not any(result.trace and result.trace.first_beyond for result in traced):
+        yield f"Trace: no tensor beyond its tolerance, {len(traced)} levels."
+    if report.audit:
+        yield f"F16: {clean(report.audit.verdict)}"
