@@ -13,7 +13,9 @@ the reference, since everything after follows from it:
 * UNFAITHFUL: the candidate's experts are not the best of `choice'`, so no error of the state
   explains them: another router, another bias, another state read.
 
-The noise is the file's own: of a file that is wrong before the router, it is large.
+States err with heavier tails than the normal distribution, so of a sound file some 1 in 100 first
+disagreements are DIVERGED; with a wrong router, nearly all are. The noise is the file's own: where
+something before the router is wrong it is large, and the NMSE of the router's input says so.
 
 With group-limited routing, groups can trade places too. A group scores the sum of its best two, so
 its noise is sqrt(2) times an expert's, and so is the margin it may have.
@@ -154,7 +156,9 @@ class RoutingComparison:
             kept = self._kept(mine, chosen, rounding)
             worst = mine.masked_fill(~kept, -math.inf).masked_fill(~chosen, math.inf).amin(-1)
             rival = mine.masked_fill(~kept | chosen, -math.inf).amax(-1)
-            found.unfaithful += int((~(worst >= rival - 2 * rounding)).sum())
+            faithful = worst >= rival - 2 * rounding
+            faithful &= chosen.sum(-1) == self._config.num_experts_per_tok
+            found.unfaithful += int((~faithful).sum())
 
             so_far = agreed[rows]
             usable = kept & (choice > -math.inf) & so_far[:, None]
@@ -250,13 +254,14 @@ class RoutingComparison:
 
 
 def _turned(scores: Tensor, lost: Tensor, won: Tensor) -> Tensor:
-    """By how much `[rows]` the best of `lost` was above the worst of `won`; 0 where there are none.
+    """By how much `[rows]` the best of `lost` was above the worst of `won`, all `[rows, n]`.
 
-    All `[rows, n]`.
+    0 where there are neither, infinite where only one: nothing was turned round then.
     """
     best = scores.masked_fill(~lost, -math.inf).amax(-1)
     worst = scores.masked_fill(~won, math.inf).amin(-1)
-    return (best - worst).clamp(min=0)
+    one = lost.any(-1) != won.any(-1)
+    return (best - worst).clamp(min=0).masked_fill(one, math.inf)
 
 
 def _members(ids: Tensor, like: Tensor) -> Tensor:

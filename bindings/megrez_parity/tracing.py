@@ -21,6 +21,7 @@ from megrez_gguf.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, block, embed, head, rotary
 from megrez_parity.results import Trace, TracePoint
 from megrez_parity.routing import Nmse, Nodes, captured
+from megrez_parity.stream import DOUBLE_LIMIT
 
 # What `Engine.run` has to capture, under llama.cpp's names; tensors outside layers are of layer -1.
 CAPTURE = (
@@ -37,9 +38,6 @@ CAPTURE = (
     "result_norm",
     "result_output",
 )
-
-# Up to this many parameters the reference runs in float64, as everywhere.
-_DOUBLE_LIMIT = 500_000_000
 
 
 @torch.no_grad()
@@ -62,7 +60,7 @@ def trace(
     checkpoint cannot be read, ValueError for a tensor that was not captured.
     """
     weights = CheckpointWeights(checkpoint)
-    if weights.parameters <= _DOUBLE_LIMIT:
+    if weights.parameters <= DOUBLE_LIMIT:
         weights = CheckpointWeights(checkpoint, torch.float64)
     found = {name: _Candidate(config, nodes) for name, nodes in candidates.items()}
     x = embed(weights, torch.from_numpy(np.stack(windows)).long())  # [W, S, D]
@@ -110,9 +108,8 @@ class _Candidate:
     def __init__(self, config: ModelConfig, nodes: Sequence[Nodes]) -> None:
         self._nodes = nodes
         self._errors: dict[tuple[str, int], tuple[Nmse, Nmse]] = {}  # total and local
-        # Tensors a graph does not have: nothing to add, or `ffn_out` is the experts' sum itself.
-        self._absent = {"ffn_moe_probs_biased"} if not config.has_correction_bias else set()
-        self._absent |= {"ffn_moe_out"} if not config.n_shared_experts else set()
+        # Without shared experts a graph has the experts' sum as `ffn_out` alone.
+        self._absent = set() if config.n_shared_experts else {"ffn_moe_out"}
 
     def states(self, name: str, layer: int, dtype: torch.dtype) -> Tensor:
         """A tensor of all windows, `[W, rows, columns]`."""
@@ -131,11 +128,9 @@ class _Candidate:
             mine = captured(nodes, name, layer)
             for error, values in zip(errors, expected, strict=True):
                 values = values[-len(mine) :]
-                if name == "ffn_moe_probs_biased":  # here without the groups that are left out
-                    kept = values > -np.inf
-                    error.add(np.where(kept, mine, 0), np.where(kept, values, 0))
-                else:
-                    error.add(mine, values)
+                # Scores of the groups of experts that either leaves out: both say no more.
+                kept = (values != -np.inf) & (mine != -np.inf)
+                error.add(np.where(kept, mine, 0), np.where(kept, values, 0))
 
     def trace(self, tolerances: Mapping[str, float]) -> Trace:
         return Trace(
@@ -156,6 +151,7 @@ def _hold(
     needed = [name for name in weights if name.startswith(tuple(prefixes))]
     for name in held.keys() - needed:
         del held[name]
+    weights.reopen()  # what was read stays mapped, which counts as memory
     for name in needed:
         if name not in held:
             held[name] = weights[name]
