@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -146,7 +147,7 @@ def parity(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
     levels: Annotated[
         str | None,
-        typer.Option(help="Comma-separated.  [default: f32,bf16,f16,q8_0,q6_k,q5_k_m,q4_k_m,q4_0]"),
+        typer.Option(help="Comma-separated, e.g. q8_0,q4_k_m+imatrix.  [default: 20]"),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
@@ -158,32 +159,66 @@ def parity(
     ] = None,
     ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows a text, from its start.")] = 4,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Name the first tensor that errs by itself.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write report.html, .json and .md here.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Keep the reference here.  [default: kept from 1 GiB on]"),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", help="Importance matrix (GGUF).  [default: made of the texts]"),
+    ] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option("--thresholds", help="JSON with bounds.  [default: ours]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:
     """Compare a checkpoint's GGUF levels with a torch reference.
 
     Converts to each level, runs the patched llama.cpp on the CPU, and prints file size, NMSE of
-    logits, KL divergence, same-top-p and perplexity. Exits 1 when a level misses its threshold.
-    With --gguf and without --levels nothing is converted.
+    logits, KL divergence, same-top-p, perplexity, and how often the same experts ran. Exits 1 when
+    a level misses its threshold. With --gguf and without --levels nothing is converted.
 
     \b
     Examples:
-      megrez-gguf parity tests/data/pocket
+      megrez-gguf parity tests/data/pocket --report pocket-report
       megrez-gguf parity Megrez2-3x7B-A3B --levels q4_k_m,q4_0 --text novel.txt --windows 2
-      megrez-gguf parity Megrez2-3x7B-A3B --gguf megrez2-q4.gguf --text novel.txt --json
+      megrez-gguf parity Megrez2-3x7B-A3B --gguf megrez2-q4.gguf --text novel.txt --trace
     """
     from megrez_gguf.errors import ThresholdError
-    from megrez_parity.harness import LEVELS, measure
-    from megrez_parity.report import print_table
+    from megrez_parity.harness import measure
+    from megrez_parity.levels import LEVELS
+    from megrez_parity.report import prepare, print_table, write
 
-    wanted = levels.split(",") if levels is not None else () if gguf else LEVELS
-    report = measure(checkpoint, wanted, text or (), ctx, windows, gguf or (), _say)
+    if report:
+        prepare(report)  # an hour of computing later would be late
+    result = measure(
+        checkpoint,
+        levels.split(",") if levels is not None else () if gguf else LEVELS,
+        text or (),
+        ctx,
+        windows,
+        gguf or (),
+        trace=trace,
+        cache=cache,
+        imatrix=imatrix,
+        thresholds=thresholds,
+        command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
+        say=_say,
+    )
+    for path in write(result, report) if report else ():
+        _say(f"wrote {path}")
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), ensure_ascii=False))
+        typer.echo(json.dumps(result.as_dict(), ensure_ascii=False))
     else:
-        print_table(report)
-    if report.misses:
-        raise ThresholdError("; ".join(report.misses))
+        print_table(result)
+    if result.misses:
+        raise ThresholdError("; ".join(result.misses))
 
 
 @app.command()

@@ -1,19 +1,22 @@
 """The parity command from the outside: what it prints, what it refuses, what it leaves behind."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from make_checkpoint import POCKET, make_checkpoint
 from megrez_gguf import convert
 from megrez_gguf.cli import main
-from megrez_gguf.errors import OutputError, RuntimeUnavailableError
+from megrez_gguf.errors import RuntimeUnavailableError
 from megrez_parity import harness
-from megrez_parity.engine import Engine, quantize
-from megrez_parity.harness import LEVELS, LevelResult, measure, thresholds
-from megrez_parity.metrics import Metrics
+from megrez_parity.engine import Engine
+from megrez_parity.harness import measure
+from megrez_parity.levels import LEVELS
+from megrez_parity.results import Figure, LevelResult, Metrics, Trace, TracePoint
 
 CONFIG = POCKET | {"num_hidden_layers": 3, "vocab_size": 1024}
 TEXT = "To be, or not to be, that is the question: 世界上最高的山峰是珠穆朗玛峰。\n" * 20
@@ -44,55 +47,135 @@ def run(*arguments: object) -> int:
     return stop.value.code
 
 
+def bounds_file(folder: Path, levels: dict[str, dict[str, float]]) -> Path:
+    path = folder / "bounds.json"
+    path.write_text(json.dumps({"levels": levels}), encoding="utf-8")
+    return path
+
+
 def test_every_level(
     checkpoint: Path,
     scratch: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Random weights are no model to set quantization thresholds by.
-    monkeypatch.setattr(harness, "thresholds", lambda: {"f32": {"nmse": 1e-9}})
     beside: set[str] = set()
 
-    def watched(source: Path, target: Path, kind: str) -> None:
-        beside.update(path.name for path in target.parent.glob("*.gguf"))
-        quantize(source, target, kind)
+    def watched(self: Engine, path: Path, context: int) -> None:
+        beside.update(found.name for found in path.parent.glob("*.gguf") if found != path)
+        opened(self, path, context)
 
-    monkeypatch.setattr(harness, "quantize", watched)
+    opened = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", watched)
     assert run("parity", checkpoint, "--ctx", 64, "--windows", 2, "--json") == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert "quantizing" in printed.err
     assert [level["level"] for level in report["levels"]] == list(LEVELS)
+    assert len(LEVELS) == 20
     assert report["passed"]
-    assert report["windows"] == 2
-    assert report["reference_dtype"] == "float64"
-    assert "+megrez." in report["made_with"]["llama_cpp"]
+    assert [text["windows"] for text in report["texts"]] == [2]
+    assert report["reference"]["dtype"] == "float64"
+    assert report["reference"]["cache"] == ""
+    assert "+megrez." in report["provenance"]["llama_cpp"]
     by_level = {level["level"]: level for level in report["levels"]}
+    for level in report["levels"]:
+        assert sum(level["types"].values()) < level["file_bytes"]
+        assert [layer["layer"] for layer in level["routing"]] == [1, 2]
+        assert len(level["depth"]["l_out"]) == 3
+        assert level["tokenizer_agreement"] == 1.0
     sizes = [by_level[name]["file_bytes"] for name in ("f32", "bf16", "q8_0", "q4_0")]
     assert sizes == sorted(sizes, reverse=True)
-    error = {name: level["metrics"]["nmse"] for name, level in by_level.items()}
-    assert error["f32"] < 1e-9 < error["f16"] < error["q8_0"] < error["q4_k_m"]
+    error = {name: level["metrics"]["nmse"]["value"] for name, level in by_level.items()}
+    assert error["f32"] < 1e-9 < error["f16"] < error["q8_0"] < error["q4_k_m"] < error["q2_k"]
     assert by_level["f32"]["metrics"]["positions"] == 2 * 31
+    assert by_level["q2_k"]["fallbacks"]
+    assert by_level["q2_k+imatrix"]["sha256"] != by_level["q2_k"]["sha256"]
     assert beside == {"source.gguf"}  # one level on the disk at a time
     assert not list(scratch.iterdir())
 
 
+def test_a_second_run_gives_the_same_figures(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run computes the reference in the folder; the second one reads it."""
+    reports = []
+    for _ in range(2):
+        arguments = ("--levels", "q8_0,q2_k", "--ctx", 64, "--cache", tmp_path / "kept", "--json")
+        assert run("parity", checkpoint, *arguments) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [report["reference"]["cached"] for report in reports] == [False, True]
+    for first, second in zip(reports[0]["levels"], reports[1]["levels"], strict=True):
+        for timed in (first, second):
+            del timed["seconds"]
+        assert first == second
+
+
+def test_a_cache_of_another_reference(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--levels", "f32", "--ctx", 64, "--windows", 1, "--cache", tmp_path / "kept")
+    assert run("parity", checkpoint, *arguments) == 0
+    make_checkpoint(CONFIG, tmp_path / "other", seed=1)
+    text = checkpoint / "heldout" / "some.txt"
+    assert run("parity", tmp_path / "other", *arguments, "--text", text) == 2
+    assert "a cache of other weights" in capsys.readouterr().err
+    longer = tmp_path / "longer.txt"
+    longer.write_text("Not to be. " + TEXT, encoding="utf-8")
+    assert run("parity", checkpoint, *arguments, "--text", longer) == 2
+    assert "a cache of other text" in capsys.readouterr().err
+
+
+def test_large_checkpoints_keep_their_reference(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(harness, "_KEEP_BYTES", 1)
+    for cached in (False, True):
+        report = measure(checkpoint, ["f32"], context=64, windows=1)
+        assert report.reference.cached == cached
+        assert Path(report.reference.cache).parent == tmp_path / "cache/megrez-gguf/parity"
+    other = measure(checkpoint, ["f32"], context=32, windows=1)
+    assert other.reference.cache != report.reference.cache
+
+
 def test_table_is_for_pipes_too(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("parity", checkpoint, "--ctx", 64, "--windows", 1, "--levels", "f32") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["level", "MiB", "NMSE"]
-    assert lines[1].startswith("f32 ")
-    assert lines[1].rstrip().endswith("ok")
-    assert "\x1b" not in "".join(lines)
+    printed = capsys.readouterr().out
+    assert printed.split()[:3] == ["level", "MiB", "NMSE"]
+    assert "f32 " in printed
+    assert "\x1b" not in printed
+
+
+def test_reports_are_written(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "reports" / "today"
+    arguments = ("--ctx", 64, "--windows", 1, "--levels", "f32,q4_0", "--trace", "--report", folder)
+    bounds = bounds_file(tmp_path, {})
+    assert run("parity", checkpoint, *arguments, "--thresholds", bounds) == 0
+    assert {p.name for p in folder.iterdir()} == {"report.html", "report.json", "report.md"}
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    assert report["levels"][1]["trace"]["points"]
+    assert capsys.readouterr().err.count("wrote ") == 3
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert run("parity", checkpoint, "--levels", "f32", "--report", tmp_path / "file") == 2
+    printed = capsys.readouterr().err
+    assert "converting" not in printed
+    assert str(tmp_path / "file") in printed
 
 
 def test_a_missed_threshold_exits_1_and_says_which(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bounds = {"q4_0": {"nmse": 1e-9, "same_top_p": 2.0, "max_kld": 1e9}}
-    monkeypatch.setattr(harness, "thresholds", lambda: bounds)
-    assert run("parity", checkpoint, "--ctx", 64, "--windows", 1, "--levels", "f32,q4_0") == 1
+    options = ("--ctx", 64, "--windows", 1, "--thresholds", bounds_file(tmp_path, bounds))
+    assert run("parity", checkpoint, "--levels", "f32,q4_0", *options) == 1
     printed = capsys.readouterr()
     assert "missed" in printed.out
     message = printed.err.splitlines()[-1]
@@ -101,18 +184,37 @@ def test_a_missed_threshold_exits_1_and_says_which(
     assert message.endswith("is below 2")
 
 
+def test_the_trace_names_the_first_tensor_beyond_tolerance(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bounds: Any = {"q4_0": {"trace": {"ffn_moe_logits": 1.0, "ffn_moe_out": 1e-9}}}
+    options = ("--ctx", 64, "--windows", 1, "--thresholds", bounds_file(tmp_path, bounds))
+    assert run("parity", checkpoint, "--levels", "q4_0", "--trace", *options) == 1
+    assert "q4_0: ffn_moe_out-1 is the first tensor to err by itself" in capsys.readouterr().err
+
+
 def test_nan_misses() -> None:
-    figures = dict.fromkeys(Metrics.__dataclass_fields__, float("nan"))
-    result = LevelResult("f32", 1, Metrics(**figures), {"nmse": 1e-9, "same_top_p": 0.9})
-    assert len(result.misses) == 2
-
-
-def test_every_level_has_thresholds_that_exist() -> None:
-    bounds = thresholds()
-    assert list(bounds) == list(LEVELS)
-    for level in bounds.values():
-        assert level.keys() <= Metrics.__dataclass_fields__.keys()
-        assert "nmse" in level
+    nan = Figure(*[float("nan")] * 3)
+    figures = {name: nan for name in Metrics.__dataclass_fields__ if name != "positions"}
+    point = TracePoint("l_out", 1, float("nan"), float("nan"), 1e-9)
+    result = LevelResult(
+        level="f32",
+        kind="f32",
+        file_bytes=1,
+        sha256="",
+        types={},
+        fallbacks=[],
+        metrics=Metrics(**figures, positions=1),
+        domains={},
+        kld_percentiles=[],
+        routing=[],
+        depth={},
+        tokenizer_agreement=1.0,
+        trace=Trace([point]),
+        thresholds={"nmse": 1e-9, "same_top_p": 0.9},
+        seconds={},
+    )
+    assert len(result.misses) == 3
 
 
 def test_an_existing_file(
@@ -124,33 +226,25 @@ def test_an_existing_file(
     assert run(*command) == 0
     (level,) = json.loads(capsys.readouterr().out)["levels"]
     assert level["level"] == str(gguf)
-    assert level["thresholds"] == thresholds()["f32"]
+    assert level["kind"] == "f32"
+    assert level["thresholds"]["nmse"] == 1e-9
     assert gguf.exists()
 
 
-def test_windows_are_consecutive_and_per_text(checkpoint: Path, tmp_path: Path) -> None:
-    gguf = tmp_path / "f32.gguf"
-    convert(checkpoint, gguf, outtype="f32")
-    texts = {Path("one"): TEXT, Path("two"): TEXT[:80]}
-    with Engine(gguf, 32) as engine:
-        long, short = engine.tokenize(TEXT).tolist(), engine.tokenize(TEXT[:80]).tolist()
-        windows = harness._windows(engine, texts, 32, 3)
-    assert 64 <= len(short) < 96
-    expected = [long[:32], long[32:64], long[64:96], short[:32], short[32:64]]
-    assert [window.tolist() for window in windows] == expected
-
-
-def test_big_checkpoints_are_streamed_in_float32(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_without_our_keys(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"levels": ["f32"], "context": 64, "windows": 3}
-    exact = measure(checkpoint, **options)
-    monkeypatch.setattr(harness, "_DOUBLE_LIMIT", 1000)
-    monkeypatch.setattr(harness, "_WORKING_BYTES", 1)
-    streamed = measure(checkpoint, **options)
-    assert streamed.reference_dtype == "float32"
-    assert not streamed.misses
-    assert streamed.reference_perplexity == pytest.approx(exact.reference_perplexity, rel=1e-4)
+    """As Infinigence publishes them."""
+    convert(checkpoint, tmp_path / "mine.gguf", outtype="f32")
+    data = (tmp_path / "mine.gguf").read_bytes()
+    for name in (b"megrez-moe.experts_shared_frequency", b"megrez-moe.pre_gate"):
+        assert data.count(name) == 1
+        data = data.replace(name, b"x" * len(name))  # a key that nobody reads
+    bare = tmp_path / "bare.gguf"
+    bare.write_bytes(data)
+    assert run("parity", checkpoint, "--gguf", bare, "--ctx", 64, "--windows", 1, "--json") == 0
+    (level,) = json.loads(capsys.readouterr().out)["levels"]
+    assert level["metrics"]["nmse"]["value"] < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -163,6 +257,9 @@ def test_big_checkpoints_are_streamed_in_float32(
         (["--ctx", "100000"], "shorter than one window of 100000"),
         (["--text", "nowhere.txt"], "nowhere.txt: cannot be read as UTF-8 text"),
         (["--gguf", "nowhere.gguf"], "nowhere.gguf: no such file"),
+        (["--thresholds", "nowhere.json"], "nowhere.json: cannot be read as thresholds"),
+        (["--levels", "q4_0+imatrix", "--imatrix", "nowhere.gguf"], "nowhere.gguf: "),
+        (["--levels", "q4_0+imatrix", "--windows", "1000"], "needs an importance matrix"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -197,15 +294,52 @@ def test_no_text_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "name a text with --text FILE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 1000}, "1000 tokens in its vocabulary, expected the checkpoint's 1024"),
+        ({"num_hidden_layers": 4}, "block_count is 4, the checkpoint's is 3: another model"),
+        ({"n_routed_experts": 12}, "expert_count is 12, the checkpoint's is 16: another model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_a_file_of_another_model(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, int],
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    make_checkpoint(CONFIG | {"vocab_size": 1000}, tmp_path / "other")
+    make_checkpoint(CONFIG | change, tmp_path / "other")
     convert(tmp_path / "other", tmp_path / "other.gguf")
     assert run("parity", checkpoint, "--gguf", tmp_path / "other.gguf", "--ctx", 64) == 2
-    assert (
-        "1000 tokens in its vocabulary, expected the checkpoint's 1024" in capsys.readouterr().err
-    )
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_another_architecture(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(checkpoint, tmp_path / "mine.gguf")
+    data = (tmp_path / "mine.gguf").read_bytes()
+    (tmp_path / "other.gguf").write_bytes(data.replace(b"megrez-moe", b"bailingmoe"))
+    assert run("parity", checkpoint, "--gguf", tmp_path / "other.gguf", "--ctx", 64) == 2
+    assert "general.architecture is 'bailingmoe', not 'megrez-moe'" in capsys.readouterr().err
+
+
+def test_a_file_with_another_vocabulary_of_the_same_size(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    path = other / "tokenizer.json"
+    raw = json.loads(path.read_text("utf-8"))
+    vocab = raw["model"]["vocab"]
+    a, b = (token for token, i in vocab.items() if i in (300, 301))
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    convert(other, tmp_path / "other.gguf")
+    assert run("parity", checkpoint, "--gguf", tmp_path / "other.gguf", "--ctx", 64) == 2
+    assert "token 300 is " in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_gguf(
@@ -213,13 +347,7 @@ def test_a_file_that_is_no_gguf(
 ) -> None:
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 1000)
     assert run("parity", checkpoint, "--gguf", tmp_path / "junk.gguf") == 2
-    assert "junk.gguf: llama.cpp cannot load it: " in capsys.readouterr().err
-
-
-def test_quantizer_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"quantizing nowhere\.gguf to q4_0 failed: "):
-        quantize(tmp_path / "nowhere.gguf", tmp_path / "out.gguf", "q4_0")
-    assert not list(tmp_path.glob("out*"))
+    assert "junk.gguf: does not start with GGUF" in capsys.readouterr().err
 
 
 def test_without_llama_cpp(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,157 @@
+"""Held-out texts as windows of token ids, cut by the checkpoint's own tokenizer.
+
+The `tokenizers` library is the judge here, as the torch reference is for the logits: a GGUF file
+that carries another tokenizer is fed the same ids, and told apart by `agreement`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megrez_gguf.config import ModelConfig
+from megrez_gguf.errors import ConfigError, RuntimeUnavailableError, TokenizerError
+from megrez_gguf.tokenizer import NORMAL, Vocabulary, read_vocabulary
+from megrez_parity.results import Text
+
+try:
+    from tokenizers import Tokenizer
+except ImportError as e:
+    raise RuntimeUnavailableError(
+        f"parity needs tokenizers ({e}); pip install 'megrez-gguf[parity]'"
+    ) from None
+
+Tokens = NDArray[np.int32]
+
+# Windows a text gives for an importance matrix: from its end, so never those that are scored.
+_CALIBRATION = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """`tokens` `[S]` of one text."""
+
+    domain: str
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """All texts of a run, cut into windows of the same length."""
+
+    texts: list[Text]
+    contents: list[str]  # of `texts`
+    ids: list[Tokens]  # of `texts`, whole, without BOS
+    windows: list[Window]
+    calibration: list[Window]  # of the same texts, beyond `windows`
+    vocabulary: Vocabulary
+
+    @property
+    def bos(self) -> int | None:
+        """The token every window starts with, if the tokenizer asks for one."""
+        return self.vocabulary.special["bos"] if self.vocabulary.add_bos else None
+
+    def agreement(self, tokenized: Sequence[Tokens], bos: int | None) -> float:
+        """Share of the texts' tokens that another tokenizer gives at the same place too, 0 to 1.
+
+        `tokenized` are its ids of each text, `bos` is what it starts a window with.
+        """
+        lengths = self._byte_lengths()
+        same = total = 0
+        for ours, theirs in zip(self.ids, tokenized, strict=True):
+            mine = _placed(ours, lengths, self.bos)
+            same += len(mine & _placed(theirs, lengths, bos))
+            total += len(mine)
+        return same / total
+
+    def _byte_lengths(self) -> list[int]:
+        # A normal token's text spells each byte as one character.
+        tokens, types = self.vocabulary.tokens, self.vocabulary.types
+        return [
+            len(token) if kind == NORMAL else len(token.encode())
+            for token, kind in zip(tokens, types, strict=True)
+        ]
+
+
+def _placed(ids: Tokens, lengths: list[int], bos: int | None) -> set[tuple[int, int]]:
+    """Each token as (byte it starts at, id); what comes before the text is at -1."""
+    starts = accumulate((lengths[i] for i in ids.tolist()), initial=0)
+    return {(-1, -1 if bos is None else bos), *zip(starts, ids.tolist(), strict=False)}
+
+
+def read_corpus(
+    checkpoint: Path, config: ModelConfig, paths: Sequence[Path], context: int, count: int
+) -> Corpus:
+    """At most `count` consecutive windows of `context` tokens from the start of each text.
+
+    Without `paths`, the files of a folder `heldout` in or next to the checkpoint. Raises
+    MegrezError: no text, one that is not UTF-8 or shorter than a window, no usable tokenizer.
+    """
+    paths = list(paths) or _default_texts(checkpoint)
+    vocabulary = read_vocabulary(checkpoint, config.vocab_size)
+    tokenizer = _tokenizer(checkpoint / "tokenizer.json")
+    bos = vocabulary.special["bos"] if vocabulary.add_bos else None
+    stems = Counter(path.stem for path in paths)
+    corpus = Corpus([], [], [], [], [], vocabulary)
+    for path in paths:
+        raw = _read(path)
+        content = raw.decode("utf-8")
+        ids = np.array(tokenizer.encode(content, add_special_tokens=False).ids, dtype=np.int32)
+        if len(ids) < context:
+            raise ConfigError(
+                f"{path}: {len(ids)} tokens, shorter than one window of {context}; "
+                "give a longer text or a smaller --ctx"
+            )
+        domain = path.stem if stems[path.stem] == 1 else str(path)
+        whole = len(ids) // context
+        cut = [Window(domain, _window(ids, i * context, context, bos)) for i in range(whole)]
+        corpus.windows.extend(cut[:count])
+        corpus.calibration.extend(cut[count:][-_CALIBRATION:])
+        digest = hashlib.sha256(raw).hexdigest()
+        corpus.texts.append(Text(domain, str(path), digest, len(ids), min(whole, count)))
+        corpus.contents.append(content)
+        corpus.ids.append(ids)
+    return corpus
+
+
+def _window(ids: Tokens, start: int, length: int, bos: int | None) -> Tokens:
+    window = ids[start : start + length].copy()
+    if bos is not None:
+        window[0] = bos  # in the place of a token, as llama-perplexity does
+    return window
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises nothing more special
+        raise TokenizerError(f"{path}: the tokenizers library cannot read it: {e}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _default_texts(checkpoint: Path) -> list[Path]:
+    folder = checkpoint.resolve()
+    for place in (folder, folder.parent):
+        if found := sorted(place.glob("heldout/*.txt")):
+            return found
+    raise ConfigError(
+        f"{checkpoint}: no heldout/*.txt in it or next to it; name a text with --text FILE"
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+        raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+    return raw
