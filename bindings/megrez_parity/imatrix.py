@@ -20,8 +20,6 @@ from megrez_gguf.gguf_file import GGUFFile, GGUFTensor
 from megrez_parity.engine import Engine
 from megrez_parity.ggml import F32, Tensor, op_name, read
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
-
 
 @dataclass(frozen=True, slots=True)
 class Imatrix:
@@ -91,25 +89,23 @@ def collect(path: Path, windows: Iterable[NDArray[np.int32]], context: int) -> I
 def load(path: Path) -> Imatrix:
     """Read the GGUF file that llama-imatrix writes. Raises GGUFError when `path` is none."""
     file = GGUFFile.open(path)
-    missing = {f"imatrix.{key}" for key in ("datasets", "chunk_count", "chunk_size")} - {
-        *file.values
-    }
-    if file.values.get("general.type") != "imatrix" or missing:
+    keys = {f"imatrix.{key}" for key in ("datasets", "chunk_count", "chunk_size")}
+    if file.values.get("general.type") != "imatrix" or not keys <= file.values.keys():
         raise GGUFError(f"{path}: not an importance matrix as llama-imatrix writes them")
     tensors = {tensor.name: tensor for tensor in file.tensors}
     sums: dict[str, NDArray[Any]] = {}
     counts = {}
     for tensor in file.tensors:
-        name = tensor.name.removesuffix(_SUMS).removesuffix(_COUNTS)
-        pair = [tensors.get(name + suffix) for suffix in (_SUMS, _COUNTS)]
-        if not all(half is not None and half.type == "F32" for half in pair):
+        name, _, half = tensor.name.rpartition(".")
+        pair = [tensors.get(f"{name}.{suffix}") for suffix in ("in_sum2", "counts")]
+        if tensor not in pair or not all(t is not None and t.type == "F32" for t in pair):
             raise GGUFError(f"{path}: {tensor.name} is no half of a pair of sums and counts in F32")
-        if tensor.name.endswith(_COUNTS):
+        if half == "counts":
             counts[name] = _values(path, tensor).round().astype(np.int64)
         else:
             sums[name] = _values(path, tensor)
     for name, n in counts.items():
-        if sums[name].size % max(n.size, 1):
+        if not n.size or sums[name].size % n.size:
             raise GGUFError(f"{path}: {sums[name].size} sums of {n.size} matrices {name}")
         sums[name] = sums[name].reshape(n.size, -1)
     return Imatrix.from_sums(sums, counts)

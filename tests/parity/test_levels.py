@@ -1,0 +1,300 @@
+"""Every level is made, of the types llama.cpp gives it, and leaves nothing behind."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from make_checkpoint import POCKET as RANDOM
+from make_checkpoint import make_checkpoint
+from megrez_gguf import convert
+from megrez_gguf.errors import ConfigError, OutputError
+from megrez_gguf.gguf_file import GGUFFile
+from megrez_parity import imatrix, levels
+from megrez_parity.engine import Engine
+from megrez_parity.imatrix import Imatrix, collect
+from megrez_parity.levels import KNOWN, LEVELS, Made, Maker, level_of, quantize, types_of
+from megrez_parity.results import Fallback
+
+POCKET = Path(__file__).parents[1] / "data" / "pocket"
+CONTEXT = 64
+# Those of blocks of 256 weights.
+K_LEVELS = {
+    *("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k"),
+    *("q4_k_m+imatrix", "iq4_xs+imatrix", "q3_k_m+imatrix", "q2_k+imatrix"),
+}
+# What the blocks of 256 take, in bytes; ggml's own constants.
+BLOCKS = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_XS": 136}
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[NDArray[np.int32]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 2800, CONTEXT, dtype=np.int32) for _ in range(4)]
+
+
+@pytest.fixture
+def maker(tmp_path: Path, windows: list[NDArray[np.int32]]) -> Iterator[Maker]:
+    maker = Maker(POCKET)
+    with maker.in_folder(tmp_path, windows[:3]):
+        yield maker
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("levels") / "source.gguf"
+    convert(POCKET, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exact(source: Path, windows: list[NDArray[np.int32]]) -> NDArray[np.float32]:
+    with Engine(source, CONTEXT) as engine:
+        return engine.logits(windows[3])
+
+
+def error(made: Made, exact: NDArray[np.float32], window: NDArray[np.int32]) -> float:
+    with Engine(made.path, CONTEXT) as engine:
+        found = engine.logits(window)
+    return float(np.square(found - exact).sum() / np.square(exact).sum())
+
+
+def misfits(path: Path) -> set[str]:
+    """The quantized tensors whose rows are not whole blocks of 256, from the file itself."""
+    return {
+        tensor.name
+        for tensor in GGUFFile.open(path).tensors
+        if tensor.shape[-1] % 256 and tensor.type != "F32"
+    }
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_default_levels(
+    level: str, maker: Maker, exact: NDArray[np.float32], windows: list[NDArray[np.int32]]
+) -> None:
+    with maker.make(level) as made:
+        assert error(made, exact, windows[3]) < 0.2  # of noise, the hardest of texts
+        tensors = {tensor.name: tensor for tensor in GGUFFile.open(made.path).tensors}
+        assert sum(types_of(made.path).values()) == sum(t.nbytes for t in tensors.values())
+        assert level_of(made.path) == level.removesuffix("+imatrix")
+        fallen = {fallback.tensor: fallback for fallback in made.fallbacks}
+        assert fallen.keys() == (misfits(made.path) if level in K_LEVELS else set())
+        for name, fallback in fallen.items():
+            tensor = tensors[name]
+            assert tensor.type == fallback.got.upper()
+            assert tensor.nbytes == fallback.nbytes
+            wanted = math.prod(tensor.shape) / 256 * BLOCKS[fallback.wanted.upper()]
+            assert fallback.extra_bytes == fallback.nbytes - wanted > 0
+    assert not made.path.exists()
+
+
+def test_fallbacks_of_the_pocket_widths(maker: Maker) -> None:
+    with maker.make("q4_k_m") as made:
+        down = 256 * 416
+        pool = 16 * 256 * 64
+        assert made.fallbacks == [
+            # 5.5 bits a weight instead of 4.5
+            Fallback("blk.0.ffn_down.weight", "q4_K", "q5_0", down * 11 // 16, down // 8),
+            Fallback("blk.1.ffn_down_exps.weight", "q4_K", "q5_0", pool * 11 // 16, pool // 8),
+            Fallback("blk.4.ffn_down_exps.weight", "q4_K", "q5_0", pool * 11 // 16, pool // 8),
+        ]
+        types = types_of(made.path)
+        assert types.keys() == {"q4_K", "q6_K", "q5_0", "f32"}
+        assert types["q5_0"] == sum(fallback.nbytes for fallback in made.fallbacks)
+        assert list(types.values()) == sorted(types.values(), reverse=True)
+
+
+def test_the_converters_fallbacks(tmp_path: Path) -> None:
+    make_checkpoint(RANDOM | {"num_hidden_layers": 2, "intermediate_size": 48}, tmp_path / "c")
+    maker = Maker(tmp_path / "c")
+    with maker.in_folder(tmp_path), maker.make("q8_0") as made:
+        size = 48 * 256
+        # 16 bits a weight instead of 8.5
+        assert made.fallbacks == [
+            Fallback("blk.0.ffn_down.weight", "q8_0", "f16", size * 2, size * 15 // 16)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        ("q3", "unknown level 'q3'; known: f32, bf16, .*q4_k_m, .*with \\+imatrix .*: .*iq1_s"),
+        ("", "unknown level ''"),
+        ("Q4_K_M", "unknown level"),
+        ("nvfp4", "unknown level"),
+        ("q4_k_m+imatrix+imatrix", "unknown level"),
+        ("iq2_xs", "level 'iq2_xs' needs an importance matrix: ask for iq2_xs\\+imatrix"),
+        ("q8_0+imatrix", "an importance matrix changes nothing in q8_0"),
+    ],
+)
+def test_levels_that_cannot_be_made(level: str, message: str, tmp_path: Path) -> None:
+    maker = Maker(POCKET)
+    with pytest.raises(ConfigError, match=message):
+        maker.check(level)
+    with (
+        maker.in_folder(tmp_path),
+        pytest.raises(ConfigError, match=message),
+        maker.make(level),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_known_level_passes_the_check() -> None:
+    assert set(LEVELS) < set(KNOWN)
+    assert len(set(KNOWN)) == len(KNOWN)
+    for level in KNOWN:
+        Maker(POCKET).check(level)
+
+
+def test_nothing_to_calibrate_on(tmp_path: Path) -> None:
+    maker = Maker(POCKET)
+    expected = "level 'q2_k\\+imatrix' needs an importance matrix: give its file or a text"
+    with maker.in_folder(tmp_path), pytest.raises(ConfigError, match=expected):
+        maker.make("q2_k+imatrix").__enter__()
+
+
+def test_what_levels_share_is_made_once(
+    tmp_path: Path, windows: list[NDArray[np.int32]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    maker = Maker(POCKET, said.append)
+    with maker.in_folder(tmp_path, windows):
+        for level in ("q4_0", "q4_0+imatrix", "q2_k+imatrix", "f16"):
+            with maker.make(level) as made:
+                beside = {path.name for path in tmp_path.iterdir()} - {made.path.name}
+                assert beside == {"source.gguf"}
+    assert said == [
+        "converting, for the quantizer",
+        "q4_0: quantizing",
+        "importance matrix: 4 windows in llama.cpp",
+        "q4_0+imatrix: quantizing",
+        "q2_k+imatrix: quantizing",
+        "f16: converting",
+    ]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="in_folder"):
+        maker.make("f32").__enter__()
+
+
+@pytest.mark.parametrize("level", ["f32", "q4_0"])
+def test_the_file_is_removed_after_an_error(level: str, maker: Maker) -> None:
+    paths = []
+
+    def fail() -> None:
+        with maker.make(level) as made:
+            assert made.path.exists()
+            paths.append(made.path)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not paths[0].exists()
+
+
+def test_an_importance_matrix_from_a_file_is_taken(
+    tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with maker.make("q4_0") as plain, maker.make("q4_0+imatrix") as weighted:
+        plain_bytes, collected = plain.path.read_bytes(), weighted.path.read_bytes()
+        source = tmp_path / "source.gguf"
+        neutral = {
+            tensor.name: np.ones((math.prod(tensor.shape[:-2]), tensor.shape[-1]), np.float32)
+            for tensor in GGUFFile.open(source).tensors
+            if len(tensor.shape) > 1
+        }
+    assert plain_bytes != collected
+    read = []
+
+    def load(path: Path) -> Imatrix:
+        read.append(path)
+        return Imatrix(neutral, {})
+
+    monkeypatch.setattr(imatrix, "load", load)
+    other = Maker(POCKET, imatrix_file=Path("some.gguf"))
+    (tmp_path / "other").mkdir()
+    with other.in_folder(tmp_path / "other"), other.make("q4_0+imatrix") as made:
+        assert made.path.read_bytes() not in (plain_bytes, collected)
+    assert read == [Path("some.gguf")]
+    (tmp_path / "other").rmdir()
+
+
+@pytest.mark.parametrize("fault", ["absent", "columns", "experts"])
+def test_an_importance_matrix_of_another_model(
+    fault: str, source: Path, windows: list[NDArray[np.int32]], tmp_path: Path
+) -> None:
+    weights = collect(source, windows[:1], CONTEXT)
+    name = "blk.4.ffn_down_exps.weight"
+    means = weights.means.pop(name)
+    found = {"columns": means[:, 1:], "experts": means[:8]}
+    if fault in found:
+        weights.means[name] = found[fault]
+    shape = {"absent": "nothing", "columns": r"\(16, 63\)", "experts": r"\(8, 64\)"}[fault]
+    expected = rf"of another model: for {name} it has {shape}, expected \(16, 64\)"
+    with pytest.raises(ConfigError, match=expected):
+        quantize(source, tmp_path / "x.gguf", "q4_0", weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_is_not_understood(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levels, "_FALLBACK", levels.re.compile("blk.1.*(?P<tensor>)never"))
+    with pytest.raises(OutputError, match="counts 3 fallbacks, and 0 are named in its log"):
+        quantize(source, tmp_path / "x.gguf", "q4_k_m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_quantizer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"quantizing nowhere\.gguf to q4_0 failed: "):
+        quantize(tmp_path / "nowhere.gguf", tmp_path / "out.gguf", "q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+def with_value(source: Path, target: Path, key: str, value: int) -> Path:
+    """`source` with the number under `key`, which takes four bytes, replaced."""
+    raw = bytearray(source.read_bytes())
+    start = raw.index(key.encode()) + len(key) + 4
+    raw[start : start + 4] = value.to_bytes(4, "little")
+    target.write_bytes(raw)
+    return target
+
+
+def test_level_of_other_files(source: Path, tmp_path: Path) -> None:
+    for number, level in {0: "f32", 28: "iq2_s+imatrix", 39: "", 4: "", 1024: ""}.items():
+        path = with_value(source, tmp_path / "x.gguf", "general.file_type", number)
+        assert level_of(path) == level
+
+
+def made_by_llama_cpp(source: Path, target: Path, kind: str, weights: Imatrix | None) -> str:
+    """Why the quantizer refuses, or "" for a file that loads."""
+    try:
+        quantize(source, target, kind, weights)
+    except OutputError as e:
+        return str(e)
+    with Engine(target, CONTEXT) as engine:
+        assert np.isfinite(engine.logits(np.arange(CONTEXT, dtype=np.int32))).all()
+    return ""
+
+
+@pytest.mark.slow
+def test_the_levels_are_those_llama_cpp_can_make(
+    source: Path, tmp_path: Path, windows: list[NDArray[np.int32]]
+) -> None:
+    """All its file types, with and without an importance matrix: known, or refused, or the same."""
+    weights = collect(source, windows, CONTEXT)
+    for kind in levels._file_types().keys() - {*levels.CONVERTED}:
+        plain, weighted = tmp_path / "plain.gguf", tmp_path / "weighted.gguf"
+        without = made_by_llama_cpp(source, plain, kind, None)
+        given = made_by_llama_cpp(source, weighted, kind, weights)
+        assert (kind in KNOWN) == (not without), (kind, without)
+        useful = not given and (without or plain.read_bytes() != weighted.read_bytes())
+        assert (kind + "+imatrix" in KNOWN) == bool(useful), (kind, given)
+    for kind in levels.CONVERTED:
+        quantize(source, tmp_path / "plain.gguf", kind)
+        quantize(source, tmp_path / "weighted.gguf", kind, weights)
+        assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "weighted.gguf").read_bytes()
