@@ -8,14 +8,13 @@ scripts/results.py --print    only print it
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-from megrez_parity.harness import Report, measure
+from megrez_parity.harness import measure
+from megrez_parity.results import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = Path("tests/data/pocket")
@@ -25,26 +24,30 @@ BLOCK = re.compile(r"(?s)(<!-- results:begin[^\n]*-->\n).*?(<!-- results:end -->
 
 def markdown(report: Report) -> str:
     """The README's block: a table and where its figures come from."""
+    windows = sum(text.windows for text in report.texts)
     lines = [
-        f"The pocket checkpoint against the torch reference ({report.reference_dtype}), over "
-        f"{report.windows} windows of",
-        f"{report.context} tokens of held-out English, Chinese, code and chat:",
+        f"The pocket checkpoint against the torch reference ({report.reference.dtype}), over "
+        f"{windows} windows of",
+        f"{report.context} tokens of held-out English, Chinese, code and chat, with the 95% "
+        "interval of the mean KLD;",
+        "*experts* is the share of tokens whose set of experts is the reference's, in the mean "
+        "and the worst layer:",
         "",
-        "| level | MiB | NMSE of logits | mean KLD | 99% KLD | max KLD | same top | PPL ratio |",
+        "| level | MiB | NMSE of logits | mean KLD | 99% KLD | same top | PPL ratio | experts |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for level in report.levels:
         m = level.metrics
+        same = [layer.identical.value for layer in level.routing]
         lines.append(
-            f"| {level.level} | {level.file_bytes / 2**20:.2f} | {m.nmse:.1e} | {m.mean_kld:.2g} | "
-            f"{m.kld_99:.2g} | {m.max_kld:.2g} | {m.same_top_p:.2%} | {m.perplexity_ratio:.4f} |"
+            f"| {level.level} | {level.file_bytes / 2**20:.2f} | {m.nmse.value:.1e} "
+            f"| {m.mean_kld.value:.2g} ({m.mean_kld.low:.2g} to {m.mean_kld.high:.2g}) "
+            f"| {m.kld_99.value:.2g} | {m.same_top_p.value:.2%} | {m.perplexity_ratio.value:.4f} "
+            f"| {sum(same) / len(same):.1%}, {min(same):.1%} |"
         )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    made_with = {"commit": commit, "cores": str(os.cpu_count()), **report.made_with}
-    made = ", ".join(f"{name} {value}" for name, value in made_with.items())
-    lines += ["", *textwrap.wrap(f"`scripts/results.py`; {made}. Nothing is random.", 100), ""]
+    names = ("commit", "llama_cpp", "torch", "python", "machine", "seed")
+    made = ", ".join(f"{name} {report.provenance[name]}" for name in names)
+    lines += ["", *textwrap.wrap(f"`scripts/results.py`; {made}.", 100), ""]
     return "\n".join(lines)
 
 
