@@ -325,17 +325,21 @@ def test_a_full_disk_is_reported_and_no_loss(
     small: Path, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(file: Path, array: np.ndarray) -> None:
+        assert torch.get_num_threads() == 1
         if "layer-02" in str(file):
             raise OSError(errno.ENOSPC, "No space left on device")
         np_save(file, array)
 
     np_save = np.save
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(stream, "available_cpus", lambda: 1)
     with monkeypatch.context() as changed:
         changed.setattr(np, "save", full)
         with pytest.raises(OutputError, match="cannot be kept: No space left on device"):
             stored(small, tmp_path / "cache").run()
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
     computed.clear()
     stored(small, tmp_path / "cache").run()
     assert computed == STAGES[2:]
