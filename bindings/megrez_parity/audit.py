@@ -1,13 +1,14 @@
 """Would F16 hold this model? Its weights, and what they are multiplied with, against F16's range.
 
 The kernels of F16 weights narrow what enters a product to F16 as well, so an activation beyond
-65504 becomes infinite although no weight does. What enters down projections is the largest, and
-the patched llama.cpp rescales it (F16's range is not met there whatever the activation). Stock
-llama.cpp and the files' other runtimes do not.
+65504 becomes infinite although no weight does. The largest activations enter down projections; the
+patched llama.cpp rescales them where weights are F16, so that they fit whatever they are. Stock
+llama.cpp does not, nor does any other runtime known here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,13 +105,11 @@ def _verdict(activations: list[Activation], loss: encode.Loss, subnormal: int, w
     worst = max(activations, key=lambda a: (np.isnan(a.max_abs), a.max_abs))
     place = f"{worst.name} into {worst.enters}"
     place += "" if worst.layer is None else f" of layer {worst.layer}"
-    relation = (
-        f"{_LARGEST / worst.max_abs:,.3g} times below"
-        if worst.max_abs <= _LARGEST
-        else f"{worst.max_abs / _LARGEST:.3g} times"
-    )
+    below = worst.max_abs <= _LARGEST
+    ratio = _LARGEST / (worst.max_abs or math.nan) if below else worst.max_abs / _LARGEST
+    relation = f"{ratio:,.{0 if ratio >= 10 else 2}f} times{' below' if below else ''}"
     return (
-        f"{answer}: the largest activation, {worst.max_abs:.5g} ({place}), is {relation} "
+        f"{answer}: the largest activation, {worst.max_abs:,.6g} ({place}), is {relation} "
         f"{_LARGEST:.0f}; of {weights:,} weights {loss.overflow:,} overflow, {loss.flushed:,} "
         f"become 0 and {subnormal:,} keep fewer bits"
     )
