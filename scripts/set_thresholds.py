@@ -2,23 +2,30 @@
 """Measure the pocket checkpoint and write bindings/megrez_parity/thresholds.json from it.
 
 To be run after the pocket checkpoint or its held-out text changed, never to make a failing parity
-pass. Each bound is the figure measured with its distance from perfect doubled: room for other
-machines' kernels, too little for a wrong model. F32 is a fixed 1e-9, a thousand times its figure.
+pass. Each bound is the figure measured with its distance from perfect doubled, and so is the
+largest error that a tensor of any layer adds by itself: room for other machines' kernels, too
+little for a wrong model. F32 has no loss to double, so there it is 1e-11, some twenty times the
+NMSE that the order of sums makes; no tensor of another level is held to less.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from megrez_gguf.errors import MegrezError
-from megrez_parity.harness import LEVELS, measure
-from megrez_parity.metrics import Metrics
+from megrez_parity.harness import measure
+from megrez_parity.levels import LEVELS
+from megrez_parity.provenance import checkpoint_sha256
+from megrez_parity.results import Metrics, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
+POCKET = ROOT / "tests" / "data" / "pocket"
 TARGET = ROOT / "bindings" / "megrez_parity" / "thresholds.json"
 MARGIN = 2.0
+EXACT = 1e-11
 
 
 def bounds(metrics: Metrics) -> dict[str, float]:
@@ -26,34 +33,58 @@ def bounds(metrics: Metrics) -> dict[str, float]:
 
     Differences below 0.005 in top-p and ratio are a few tokens, so that much is always allowed.
     """
-    wrong_top = max(MARGIN * (1 - metrics.same_top_p), 0.005)
-    worse_ppl = max(MARGIN * (metrics.perplexity_ratio - 1), 0.005)
+    wrong_top = max(MARGIN * (1 - metrics.same_top_p.value), 0.005)
+    worse_ppl = max(MARGIN * (metrics.perplexity_ratio.value - 1), 0.005)
     return {
-        "nmse": _up(MARGIN * metrics.nmse),
-        "mean_kld": _up(MARGIN * metrics.mean_kld),
-        "kld_99": _up(MARGIN * metrics.kld_99),
-        "same_top_p": round(1 - _up(wrong_top), 6),
-        "perplexity_ratio": round(1 + _up(worse_ppl), 6),
+        "nmse": _up(metrics.nmse.value),
+        "mean_kld": _up(metrics.mean_kld.value),
+        "kld_99": _up(metrics.kld_99.value),
+        "same_top_p": round(1 - _rounded(wrong_top), 6),
+        "perplexity_ratio": round(1 + _rounded(worse_ppl), 6),
+        "tokenizer_agreement": 1.0,
     }
 
 
-def _up(x: float) -> float:
+def local_bounds(trace: Trace) -> dict[str, float]:
+    """By tensor name, what it may add to the error in any layer."""
+    worst: dict[str, float] = {}
+    for point in trace.points:
+        worst[point.name] = max(point.local_nmse, worst.get(point.name, 0.0))
+    return {name: _up(error) for name, error in worst.items()}
+
+
+def _up(figure: float) -> float:
+    return max(_rounded(MARGIN * figure), EXACT)
+
+
+def _rounded(x: float) -> float:
     return float(f"{x * 1.05:.1e}")
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def main() -> int:
-    try:
-        report = measure(
-            ROOT / "tests" / "data" / "pocket", say=lambda line: print(line, file=sys.stderr)
-        )
-    except MegrezError as e:
-        print(f"set_thresholds: {e}", file=sys.stderr)
-        return e.exit_code
-    found = {result.level: bounds(result.metrics) for result in report.levels}
-    found["f32"] = {"nmse": 1e-9}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as none:
+        none.write('{"levels": {}}')
+        none.flush()
+        try:
+            report = measure(POCKET, trace=True, thresholds=Path(none.name), say=_say)
+        except MegrezError as e:
+            _say(f"set_thresholds: {e}")
+            return e.exit_code
+    found = {}
+    for result in report.levels:
+        assert result.trace
+        found[result.level] = bounds(result.metrics) | {"trace": local_bounds(result.trace)}
+    exact = dict.fromkeys(found["f32"]["trace"], EXACT)
+    found["f32"] = {"nmse": EXACT, "tokenizer_agreement": 1.0, "trace": exact}
     assert tuple(found) == LEVELS
-    lines = (f"  {json.dumps(level)}: {json.dumps(found[level])}" for level in found)
-    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    levels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(found[name])}" for name in found)
+    weights = json.dumps(checkpoint_sha256(POCKET))
+    text = f'{{\n  "weights_sha256": {weights},\n  "levels": {{\n{levels}\n  }}\n}}\n'
+    TARGET.write_text(text, encoding="utf-8")
     print(TARGET)
     return 0
 
