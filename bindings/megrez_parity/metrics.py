@@ -9,24 +9,28 @@ NMSE, which that tool does not have, covers the same positions.
 
 Exactness. All arithmetic is float64, and a divergence is a sum of terms that cannot be negative, so
 it keeps its digits however small it is: with a float64 reference 1e-12 is a measurement. A float32
-reference is itself off by its own rounding, which reads as a divergence of about 1e-11 where none
-is; below 1e-10 such a figure says only that the two agree to float32.
+reference is itself off by rounding, which reads as a divergence where none is: 4e-13 on the pocket
+checkpoint, more in a deeper model. Within a few times that, a figure says that both are float32.
 
-Intervals. Each figure has a 95% interval from a block bootstrap: 1000 times, blocks of 32
-neighbouring positions (shorter where a domain has under 256) are drawn with replacement from each
-domain's positions, taken as a ring, until there are as many as it has; the figure is computed from
-them; the interval spans the middle of the 1000, widened as Student's t is wider than the normal
-distribution for so few blocks. Blocks, because neighbouring positions share context and so their
-errors: single positions, as llama-perplexity's "±" (one standard error) assumes, would promise too
-much. The draws are seeded: equal figures have equal intervals. Limits:
+Intervals. Each figure has a 95% interval from a block bootstrap. Blocks of 64 neighbouring
+positions (an eighth of them where a domain has under 512) are drawn with replacement from each
+domain's positions, taken as a ring, until there are about as many as it has; the figure is computed
+from them, 1000 times; the interval spans the middle of what results, widened as Student's t is
+wider than the normal distribution for so few blocks. Blocks, because neighbouring positions share
+context and so their errors: llama-perplexity's "±" is one standard error of single, independent
+positions; on the pocket checkpoint, blocks make up to 1.5 times as much of it. The draws are
+seeded: equal positions have equal intervals. Limits:
 
 * An interval speaks of more text like this text, from the same sources. It knows nothing of other
   domains, and cannot see dependence beyond a block, such as a whole document that is hard.
-* A maximum has no interval of this kind: no draw exceeds the largest position seen, so the interval
-  ends at the value, and more text will go beyond it. The 99.9th percentile is nearly as blind below
-  some 10,000 positions, and 99th below 1,000.
-* Where all positions agree on the first token no draw differs; the interval then starts where a
-  share that is truly as low would still give full agreement 2.5% of the time.
+* From 1000 positions on, intervals of means and shares cover the truth about 95% of the time, also
+  of correlated positions (tests/parity/test_intervals.py); from 250 correlated ones, about 90%.
+* Far percentiles hang on a few positions: the 99th covers about 85% to 95% for 1000 positions, and
+  the 99.9th needs some 10,000.
+* A maximum has no such interval: no draw exceeds the largest position seen, so the interval ends at
+  the value, and more text will go beyond it.
+* Where all positions agree on the first token no draw differs. The interval then starts at the
+  share that would still give full agreement, of independent positions, 2.5% of the time.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from megrez_parity.results import Figure, Metrics
@@ -46,7 +51,7 @@ Array = NDArray[np.float64]
 
 _VALUES = 1 << 16  # logits upcast at a time, unless one row has more: 0.5 MB stays in cache
 _RESAMPLES = 1000
-_BLOCK = 32
+_BLOCK = 64
 _DRAWN = 1 << 16  # positions drawn at a time
 _TAIL = 0.025
 
@@ -92,7 +97,7 @@ class Comparison:
         groups = self._groups(domain)
         rows = np.concatenate(groups)
         with np.errstate(all="ignore"):  # a perplexity beyond float64 is infinite
-            values = _figures(rows)
+            values = _figures(rows.mean(0), rows[:, _KLD])
             low, high = _intervals(groups)
         if rows[:, _SAME].all():
             low[_FIGURES.index("same_top_p")] = _TAIL ** (1 / len(rows))
@@ -168,14 +173,12 @@ def _log_sum(logits: Array) -> Array:
     return total
 
 
-def _figures(rows: Array) -> Array:
-    """The figures `[..., len(_FIGURES)]` of positions `[..., n, columns]`."""
-    mean = rows.mean(-2)
-    percentiles = np.percentile(rows[..., _KLD], [50, 90, 99, 99.9, 100], axis=-1)
+def _figures(mean: Array, kld: Array) -> Array:
+    """The figures `[..., len(_FIGURES)]` from means `[..., columns]` and divergences `[..., n]`."""
     columns = [
         mean[..., _ERROR] / mean[..., _POWER],
         mean[..., _KLD],
-        *percentiles,
+        *np.percentile(kld, [50, 90, 99, 99.9, 100], axis=-1),
         mean[..., _DELTA_P],
         np.sqrt(mean[..., _SQUARED]),
         mean[..., _SAME],
@@ -192,29 +195,33 @@ def _intervals(groups: list[Array]) -> tuple[Array, Array]:
     The widening is the "expanded percentile interval" of Hesterberg, "What teachers should know
     about the bootstrap" (2015).
     """
-    rows = np.concatenate(groups)
-    lengths = [max(1, min(_BLOCK, len(group) // 8)) for group in groups]
-    blocks = sum(len(group) / length for group, length in zip(groups, lengths, strict=True))
     draw = np.random.default_rng(0)
-    drawn = []
-    step = max(1, _DRAWN // len(rows))
-    for start in range(0, _RESAMPLES, step):
-        count, first, picks = min(step, _RESAMPLES - start), 0, []
-        for group, length in zip(groups, lengths, strict=True):
-            n = len(group)
-            starts = draw.integers(0, n, (count, -(-n // length), 1))
-            ring = (starts + np.arange(length)) % n  # [count, blocks, length]
-            picks.append(first + ring.reshape(count, -1)[:, :n])
-            first += n
-        drawn.append(_figures(rows[np.concatenate(picks, 1)]))
-    figures = np.concatenate(drawn)  # [resamples, figures]
-    freedom = max(1.0, blocks - len(groups))
+    positions = sum(map(len, groups))
+    blocks = 0
+    means = np.zeros((_RESAMPLES, len(_COLUMNS)))
+    drawn = []  # the divergences of each domain
+    for rows in groups:
+        length = max(1, min(_BLOCK, len(rows) // 8))
+        count = round(len(rows) / length)
+        starts = draw.integers(0, len(rows), (_RESAMPLES, count))
+        ring = np.concatenate([rows, rows[: length - 1]])
+        block = sliding_window_view(ring, length, axis=0)  # [n, columns, length]
+        means += block.mean(-1)[starts].mean(1) * (len(rows) / positions)
+        drawn.append((block[:, _KLD].copy(), starts))
+        blocks += count
+    step = max(1, _DRAWN // positions)
+    figures = []
+    for part in (slice(i, i + step) for i in range(0, _RESAMPLES, step)):
+        kld = [block[starts[part]].reshape(len(starts[part]), -1) for block, starts in drawn]
+        figures.append(_figures(means[part], np.concatenate(kld, 1)))
+    resampled = np.concatenate(figures)  # [resamples, figures]
+    freedom = max(1, blocks - len(groups))
     normal = NormalDist()
     wide = _student(normal.inv_cdf(1 - _TAIL), freedom) * math.sqrt(1 + 1 / freedom)
     tail = normal.cdf(-wide)
     # No interpolation: it would turn an infinite perplexity into NaN.
-    low = np.quantile(figures, tail, axis=0, method="lower")
-    high = np.quantile(figures, 1 - tail, axis=0, method="higher")
+    low = np.quantile(resampled, tail, axis=0, method="lower")
+    high = np.quantile(resampled, 1 - tail, axis=0, method="higher")
     return low, high
 
 
