@@ -41,12 +41,13 @@ def write(report: Report, folder: Path) -> list[Path]:
     The folder is created, files of those names in it are replaced. Raises as `prepare`.
     """
     prepare(folder)
-    from megrez_parity.report import html, markdown
+    from megrez_parity.report.html import render as html
+    from megrez_parity.report.markdown import render as markdown
 
     contents = {
-        "report.html": html.render(report),
+        "report.html": html(report),
         "report.json": json.dumps(report.as_dict(), ensure_ascii=False, allow_nan=False, indent=1),
-        "report.md": markdown.render(report),
+        "report.md": markdown(report),
     }
     for name, text in contents.items():
         # Paths need not be UTF-8: what stands for their odd bytes is an escape in JSON, too.

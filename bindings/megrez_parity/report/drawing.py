@@ -28,7 +28,9 @@ class Style:
 
     def marker(self, size: int) -> dict[str, Any]:
         symbol = self.symbol + "-open" * self.dashed
-        return {"color": self.color, "size": size, "symbol": symbol, "line": {"width": 1.6}}
+        return {"color": self.color, "size": size, "symbol": symbol} | {
+            "line": {"width": 1.6, "color": self.color}
+        }
 
 
 def styles(levels: Sequence[LevelResult]) -> list[Style]:
@@ -85,11 +87,11 @@ def blank(height: int, x: str, y: str) -> go.Figure:
 
 
 def pair(x: str, above: str, below: str) -> go.Figure:
-    """Two plots over the same layers; the upper one's errors are logarithmic."""
+    """Two plots over the same layers."""
     figure = blank(620, x=x, y=above)
     figure.update_layout(
-        yaxis=log_axis() | {"domain": [0.54, 1]},
-        yaxis2=log_axis() | {"domain": [0, 0.46], "title": {"text": below}},
+        yaxis={"domain": [0.54, 1]},
+        yaxis2={"domain": [0, 0.46], "title": {"text": below}},
         xaxis={"anchor": "y2", "type": "linear", "tickformat": "d"},
     )
     return figure
@@ -124,11 +126,33 @@ def name_rows(figure: go.Figure, names: Sequence[str]) -> None:
         categoryarray=order[::-1],
         range=[-0.7, len(order) - 0.3],
         showgrid=False,
+        ticks="",
     )
 
 
-def log_axis() -> dict[str, Any]:
-    return {"type": "log", "exponentformat": "power", "dtick": 1}
+def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
+    """A logarithmic axis for `values`, with three to nine ticks whatever they span."""
+    known = [x for x in values if x is not None and math.isfinite(x) and x > 0]
+    low, high = (min(known), max(known)) if known else (0.1, 1.0)
+    decades = math.log10(high / low)
+    if decades > 3:
+        step = math.ceil(decades / 8)
+        # Plotly draws powers a quarter larger than it is told.
+        font = {"size": 9, "color": MUTED}
+        return {"type": "log", "exponentformat": "power", "dtick": step, "tickfont": font}
+    places = _ticks(low, high)
+    return {"type": "log", "tickvals": places, "ticktext": [f"{x:,.6g}" for x in places]}
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    low, high = low * 0.8, high * 1.25
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [1 + i / 10 for i in range(90)]):
+        places = [m * 10.0**power for power in powers for m in digits]
+        places = [place for place in places if low <= place <= high]
+        if len(places) >= 3:
+            return places[:: math.ceil(len(places) / 9)]
+    return places
 
 
 def error_bars(figure: Figure, floor: float, color: str) -> dict[str, Any] | None:
@@ -151,7 +175,7 @@ def axis_floor(values: Iterable[float], decades: int) -> float:
     known = [value for value in values if math.isfinite(value) and value > 0]
     if not known:
         return 10.0**-decades
-    return max(min(known), max(known) / 10**decades)
+    return max(min(known), max(known) * 10.0**-decades)
 
 
 def positive(values: Iterable[float]) -> list[float | None]:

@@ -56,13 +56,13 @@ def frontier(report: Report, looks: Sequence[Style]) -> go.Figure:
         for result, style in zip(report.levels, looks, strict=True)
         if math.isfinite(result.metrics.mean_kld.value)
     ]
-    floor = axis_floor([kld.value for _, kld, *_ in known], decades=6)
+    floor = axis_floor([kld.value for _, kld, *_ in known], decades=5)
     best, edge = math.inf, []
     for size, kld, result, _ in sorted(known, key=lambda item: (item[0], item[1].value)):
         if kld.value < best:
             best = kld.value
             edge.append((size, max(kld.value, floor), result))
-    figure = blank(520, x="file size, MiB", y="mean KLD, nats")
+    figure = blank(540, x="file size, MiB", y="mean KLD, nats")
     figure.add_scatter(
         x=[size for size, *_ in edge],
         y=[kld for _, kld, _ in edge],
@@ -96,12 +96,10 @@ def frontier(report: Report, looks: Sequence[Style]) -> go.Figure:
     sizes = [size for size, *_ in known] or [1.0]
     tops = [kld.high if math.isfinite(kld.high) else kld.value for _, kld, *_ in known]
     top = max([*tops, floor * 10])
-    figure.update_xaxes(
-        type="log",
-        range=[math.log10(min(sizes)) - 0.06, math.log10(max(sizes)) + 0.12],
-        dtick="D2",
-    )
-    figure.update_yaxes(log_axis(), range=[math.log10(floor) - 0.25, math.log10(top) + 0.25])
+    across = [math.log10(min(sizes)) - 0.06, math.log10(max(sizes)) + 0.12]
+    figure.update_xaxes(log_axis(sizes), range=across)
+    up = [math.log10(floor) - 0.25, math.log10(top) + 0.4]
+    figure.update_yaxes(log_axis([floor, top]), range=up)
     return figure
 
 
@@ -113,7 +111,7 @@ def distribution(report: Report) -> go.Figure:
         if len(result.kld_percentiles) == 101
     ]
     values = [x for _, result in rows for x in result.kld_percentiles]
-    floor = axis_floor(values, decades=12)
+    floor = axis_floor(values, decades=14)
     figure = blank(110 + 26 * max(len(rows), 2), x="KLD of a position, nats", y="")
 
     def at(value: float) -> float | None:
@@ -155,7 +153,7 @@ def distribution(report: Report) -> go.Figure:
                 for label, result in rows
             ],
         )
-    figure.update_xaxes(log_axis())
+    figure.update_xaxes(log_axis([max(x, floor) for x in values]))
     name_rows(figure, [label for label, _ in rows])
     return figure
 
@@ -214,9 +212,9 @@ def routing(report: Report) -> go.Figure:
             meta=kind,
             visible=kind == "identical",
         )
-    for name, symbol, size, field in (
-        ("diverged", "circle", 4, "first_diverged"),
-        ("unfaithful", "x", 8, "unfaithful"),
+    for name, symbol, size, color, field in (
+        ("diverged", "circle", 3, INK, "first_diverged"),
+        ("unfaithful", "x", 8, BAD, "unfaithful"),
     ):
         marked = [
             (str(layer), safe(label))
@@ -228,13 +226,13 @@ def routing(report: Report) -> go.Figure:
             x=[layer for layer, _ in marked],
             y=[label for _, label in marked],
             mode="markers",
-            marker={"symbol": symbol, "size": size, "color": BAD}
-            | {"line": {"color": "var(--paper)", "width": 1}},
+            marker={"symbol": symbol, "size": size, "color": color}
+            | {"line": {"color": "var(--paper)", "width": 0.5}},
             hoverinfo="skip",
             name=name,
             showlegend=False,
         )
-    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_xaxes(type="category", showgrid=False, range=[-0.5, len(layers) - 0.5])
     figure.update_layout(margin_t=50)
     name_rows(figure, names)
     return figure
@@ -242,9 +240,12 @@ def routing(report: Report) -> go.Figure:
 
 def pregate(report: Report, looks: Sequence[Style]) -> go.Figure:
     """Error of what the router reads; and that over the error of its own layer's state."""
-    figure = pair(x="layer", above="NMSE of the input", below="over own state's")
+    figure = pair(x="layer", above="NMSE of the input", below="ratio to the own state's")
+    inputs: list[float] = []
+    all_ratios: list[float] = []
     for result, style in zip(report.levels, looks, strict=True):
         layers = [x.layer for x in result.routing]
+        inputs += [x.input_nmse for x in result.routing]
         ratios = [x.input_nmse / x.own_nmse if x.own_nmse > 0 else math.nan for x in result.routing]
         notes = [
             hover(
@@ -256,8 +257,9 @@ def pregate(report: Report, looks: Sequence[Style]) -> go.Figure:
             for x, ratio in zip(result.routing, ratios, strict=True)
         ]
         add_line(figure, style, layers, [x.input_nmse for x in result.routing], notes)
+        all_ratios += ratios
         add_line(figure, style, layers, ratios, notes, below=True)
-    figure.update_layout(yaxis2={"type": "log", "dtick": "D2", "exponentformat": "none"})
+    figure.update_layout(yaxis=log_axis(inputs), yaxis2=log_axis([1.0, *all_ratios]))
     figure.add_hline(y=1, line={"color": INK, "width": 1, "dash": "dot"}, yref="y2")
     return figure
 
@@ -274,6 +276,9 @@ def depth(report: Report, looks: Sequence[Style]) -> go.Figure:
                 for layer, value in enumerate(values)
             ]
             add_line(figure, style, range(len(values)), values, notes, below=i == 1)
+    for name, axis in zip(names, ("yaxis", "yaxis2"), strict=False):
+        spread = [x for result in report.levels for x in result.depth.get(name, ())]
+        figure.update_layout({axis: log_axis(spread)})
     return figure
 
 
@@ -281,13 +286,14 @@ def trace(report: Report) -> go.Figure:
     """Total and local error of every tensor in the order of computing, one level at a time."""
     figure = blank(460, x="layer", y="NMSE")
     ticks: dict[int, int] = {}
-    shown = False
+    shown, spread = False, list[float]()
     for i, (result, label) in enumerate(zip(report.levels, labels(report.levels), strict=True)):
         if not result.trace or not result.trace.points:
             continue
         points, first = result.trace.points, result.trace.first_beyond
         for place, point in enumerate(points):
             ticks.setdefault(point.layer, place)
+            spread += [point.nmse, point.local_nmse]
         notes = [
             hover(
                 f"{label}, {point.name}-{point.layer}",
@@ -305,7 +311,7 @@ def trace(report: Report) -> go.Figure:
             (
                 "local",
                 [x.local_nmse for x in points],
-                {"line": {"color": "var(--w4)", "width": 1}, "marker": {"size": 5}},
+                {"marker": {"color": "var(--w4)", "size": 5}},
             ),
             (
                 "tolerance of the local error",
@@ -314,7 +320,7 @@ def trace(report: Report) -> go.Figure:
             ),
         )
         for name, values, look in lines:
-            mode = "lines+markers" if "marker" in look else "lines"
+            mode = "markers" if "marker" in look else "lines"
             figure.add_scatter(
                 **common, y=positive(values), name=name, mode=mode, hovertext=notes, **look
             )
@@ -323,13 +329,16 @@ def trace(report: Report) -> go.Figure:
             height = [x for x in positive([first.local_nmse, first.nmse]) if x is not None]
             figure.add_scatter(
                 **common | {"x": [place]},
-                y=height[:1] or [first.tolerance],
+                y=height[:1] or positive([first.tolerance or 0.0]),
                 name=f"first beyond: {first.name}-{first.layer}",
                 mode="markers",
                 marker={"symbol": "circle-open", "size": 16, "color": BAD, "line": {"width": 2.5}},
                 hovertext=notes[place],
             )
-    figure.update_yaxes(log_axis())
-    figure.update_xaxes(tickvals=list(ticks.values()), ticktext=[str(x) for x in ticks])
+    figure.update_yaxes(log_axis(spread))
+    every = math.ceil(len(ticks) / 11)
+    figure.update_xaxes(
+        tickvals=list(ticks.values())[::every], ticktext=[str(x) for x in ticks][::every]
+    )
     figure.update_layout(showlegend=True, legend={"y": 1.02, "yanchor": "bottom"})
     return figure

@@ -27,8 +27,8 @@ _INTERVALS = (
 
 def glance(report: Report) -> Table:
     """One row a level: the table of the terminal, and the first of every report."""
-    header = ("level", "MiB", "NMSE", "mean KLD ± 95%", "99% KLD", "max KLD", "same top")
-    header += ("PPL ratio", "experts agree", "verdict")
+    header = ["level", "MiB", "NMSE", "mean KLD ± 95%", "99% KLD", "max KLD"]
+    header += ["same top", "PPL ratio", "experts agree", "verdict"]
     rows = []
     for result in report.levels:
         m, word = result.metrics, verdict(result)
@@ -57,7 +57,7 @@ def overview(report: Report) -> Section:
         "the file's next-token probabilities from the reference's, in nats: 0 is the same model. "
         "The line joins the files that no other beats in both size and KLD; bars are 95% "
         "intervals, so points whose bars overlap are not told apart by this text. The axis spans "
-        "six decades at most: a triangle on its lower edge lies below it.",
+        "five decades at most: a triangle on its lower edge lies below it.",
         tables=[glance(report)],
     )
 
@@ -112,8 +112,8 @@ _PLAIN: Sequence[tuple[str, str, Callable[[Figure], str]]] = (
     ("mean_delta_p", "mean Δp", percent_interval),
     ("rms_delta_p", "RMS Δp", percent_interval),
     ("same_top_p", "same top", percent_interval),
-    ("perplexity", "PPL", lambda figure: interval(figure, ".4f")),
-    ("perplexity_ratio", "PPL ratio", lambda figure: interval(figure, ".5f")),
+    ("perplexity", "PPL", interval),
+    ("perplexity_ratio", "PPL ratio", interval),
 )
 
 
@@ -137,7 +137,7 @@ def metrics(report: Report) -> Section:
         "same top is how often both rank the same token first; PPL ratio is the file's perplexity "
         "over the reference's. NMSE is the squared error of the logits over their mean square. "
         f"{_INTERVALS}",
-        [f"Perplexity of the reference: {interval(reference, '.4f')}."] if reference else [],
+        [f"Perplexity of the reference: {interval(reference)}."] if reference else [],
         tables=[Table("Figures over all texts", header, rows)],
     )
 
@@ -153,7 +153,7 @@ def distribution(report: Report) -> Section:
         "distribution",
         "Distribution of KLD",
         "How KLD spreads over positions. Half of them lie in the thick bar, 80% in the middle one, "
-        "98% in the thin line; the bright mark is the median, the diamond the mean, the cross the "
+        "98% in the thin line; the gap in it is the median, the diamond the mean, the cross the "
         "worst position. A mean far right of its thick bar is made by few bad positions. Zeros and "
         "whatever is below the axis are drawn at its left edge.",
         tables=[Table("Percentiles of KLD", ["level", *(f"{p}%" for p in shown)], rows)],
@@ -183,7 +183,7 @@ def domains(report: Report) -> Section:
         tables=[
             table("Mean KLD ± 95%", lambda m: interval(m.mean_kld)),
             table("Same top ± 95%", lambda m: percent_interval(m.same_top_p)),
-            table("PPL ratio ± 95%", lambda m: interval(m.perplexity_ratio, ".5f")),
+            table("PPL ratio ± 95%", lambda m: interval(m.perplexity_ratio)),
             table("99% KLD ± 95%", lambda m: interval(m.kld_99), folded=True),
             table("RMS Δp ± 95%", lambda m: percent_interval(m.rms_delta_p), folded=True),
             table("Positions scored", lambda m: f"{m.positions:,}", folded=True),

@@ -29,8 +29,8 @@ def routing(report: Report) -> Section:
                 Bad(f"{unfaithful:,}") if unfaithful else "0",
             ]
         )
-    header = ("level", "experts agree", "least", "overlap", "first left by a tie")
-    header += ("first diverged", "from", "unfaithful")
+    header = ["level", "experts agree", "least", "overlap"]
+    header += ["first left by a tie", "first diverged", "from", "unfaithful"]
 
     def cell(show: Callable[[LayerRouting], str]) -> Callable[[LevelResult], dict[int, str]]:
         return lambda result: {x.layer: show(x) for x in result.routing}
@@ -86,7 +86,7 @@ def pregate(report: Report) -> Section:
                 number(mean(x.input_nmse for x in result.routing), ".2e"),
                 number(mean(x.own_nmse for x in result.routing), ".2e"),
                 NONE if middle is None else number(math.exp(middle)),
-                NONE if top is None else f"{ratios[top]:.3g} in layer {top}",
+                NONE if top is None else f"{number(ratios[top])} in layer {top}",
             ]
         )
     header = ("level", "NMSE of the input", "NMSE of the own state", "ratio", "greatest ratio")
@@ -170,8 +170,8 @@ def trace(report: Report) -> Section:
                 number(points[-1].nmse) if points else NONE,
             ]
         )
-    header = ("level", "first beyond", "local NMSE", "tolerance", "beyond", "greatest local NMSE")
-    header += ("NMSE at the end",)
+    header = ["level", "first beyond", "local NMSE", "tolerance", "beyond"]
+    header += ["greatest local NMSE", "NMSE at the end"]
     return Section(
         "trace",
         "Where it breaks",

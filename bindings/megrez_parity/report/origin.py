@@ -135,8 +135,8 @@ def provenance(report: Report) -> Section:
         + [x.sha256]
         for x in report.levels
     ]
-    file_header = ("level", "MiB", "MiB of each type", "judged as", "made, s", "forward, s")
-    file_header += ("compared, s", "SHA-256")
+    file_header = ["level", "MiB", "MiB of each type", "judged as"]
+    file_header += ["made, s", "forward, s", "compared, s", "SHA-256"]
     return Section(
         "provenance",
         "Provenance",

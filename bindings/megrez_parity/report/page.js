@@ -101,10 +101,11 @@
     }
   }
   dark.addEventListener("change", drawAll);
-  let width = innerWidth;
-  addEventListener("resize", () => {
-    if (innerWidth !== width) requestAnimationFrame(drawAll);
-    width = innerWidth;
+  drawAll().then(() => {
+    for (const figure of figures) {
+      const plot = figure.querySelector(".plot");
+      plot.on("plotly_autosize", () => place(plot));
+    }
+    document.documentElement.dataset.drawn = "true";
   });
-  drawAll().then(() => (document.documentElement.dataset.drawn = "true"));
 })();

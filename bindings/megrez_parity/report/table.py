@@ -25,7 +25,13 @@ def print_table(report: Report) -> None:
         table.add_column(heading, justify="left" if i in content.left else "right", no_wrap=i > 0)
     for row in content.rows:
         table.add_row(*(Text(cell, style="bold red" * isinstance(cell, Bad)) for cell in row))
+    # A figure is never cut short to fit a narrow terminal.
+    width = console.width
+    console.width = 100_000
+    needed = console.measure(table).maximum
+    console.width = max(width, needed)
     console.print(table)
+    console.width = width
     for line in _remarks(report):
         console.print(Text(line))
 
@@ -37,22 +43,20 @@ def _remarks(report: Report) -> Iterator[str]:
         f"Reference: torch {report.reference.dtype}, PPL {number(reference, '.4f')}; "
         f"{windows} windows of {report.context} tokens."
     )
+    diverged = []
+    for result in report.levels:
+        if layers := [x for x in result.routing if x.first_diverged]:
+            tokens = sum(x.first_diverged for x in layers)
+            diverged.append(f"{clean(result.level)} {tokens}, from layer {layers[0].layer}")
+    if diverged:
+        yield f"Tokens that left the reference's experts by more than noise: {'; '.join(diverged)}."
     for result in report.levels:
         name = clean(result.level)
-        diverged = [layer for layer in result.routing if layer.first_diverged]
-        if diverged:
-            tokens = sum(layer.first_diverged for layer in diverged)
-            yield (
-                f"Routing: {name}: {tokens} tokens leave the reference's experts by more than "
-                f"noise, first in layer {diverged[0].layer}."
-            )
-        unfaithful = [layer for layer in result.routing if layer.unfaithful]
-        if unfaithful:
-            layers = ", ".join(str(layer.layer) for layer in unfaithful)
-            yield f"Routing: {name}: layers {layers} do not route as their router says."
+        if unfaithful := [str(x.layer) for x in result.routing if x.unfaithful]:
+            yield f"{name}: does not route as its router says in layers {', '.join(unfaithful)}."
         if not result.tokenizer_agreement >= 1:
             agreement = number(result.tokenizer_agreement, ".4%")
-            yield f"Tokenizer: {name}: {agreement} of the texts' tokens are its own."
+            yield f"{name}: its own tokenizer gives {agreement} of the texts' tokens."
     if any(result.fallbacks for result in report.levels):
         parts = [
             f"{clean(result.level)} {len(result.fallbacks)} "
@@ -72,4 +76,4 @@ def _remarks(report: Report) -> Iterator[str]:
     if traced and not any(result.trace and result.trace.first_beyond for result in traced):
         yield f"Trace: no tensor beyond its tolerance, {len(traced)} levels."
     if report.audit:
-        yield f"F16: {clean(report.audit.verdict)}"
+        yield clean(report.audit.verdict)

@@ -19,25 +19,38 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def number(value: float | None, spec: str = ".3g") -> str:
-    return NONE if value is None else "NaN" if math.isnan(value) else format(value, spec)
+def number(value: float | None, spec: str = "") -> str:
+    """As `spec` says, or else three digits; NONE for None."""
+    if value is None or not math.isfinite(value):
+        return NONE if value is None else str(value).replace("nan", "NaN")
+    if spec:
+        return format(value, spec)
+    plain = value == 0 or 1e-3 <= abs(value) < 1e4
+    return format(value, "#.3g").rstrip(".") if plain else format(value, ".2e")
 
 
 def percent(value: float | None, digits: int = 2) -> str:
     return number(value, f".{digits}%")
 
 
-def half(figure: Figure) -> float:
-    """Half the width of its 95% interval."""
-    return (figure.high - figure.low) / 2
-
-
-def interval(figure: Figure, spec: str = ".3g", half_spec: str = ".2g") -> str:
-    return f"{number(figure.value, spec)} ± {number(half(figure), half_spec)}"
+def interval(figure: Figure, unit: str = "") -> str:
+    """Value ± half the width of its interval, to two digits of the latter."""
+    value, half = figure.value, (figure.high - figure.low) / 2
+    if not (math.isfinite(value) and math.isfinite(half)):
+        return f"{number(value)}{unit} ± {number(half)}"
+    size = max(abs(value), half)
+    power = math.floor(math.log10(size)) if size else 0
+    if -3 <= power <= 5:
+        power = 0
+    value, half = value / 10.0**power, half / 10.0**power
+    digits = min(max(1 - math.floor(math.log10(half)), 0), 6) if half else 2
+    text = f"{value:.{digits}f}{unit} ± {half:.{digits}f}"
+    return f"({text})e{power:+03d}" if power else text
 
 
 def percent_interval(figure: Figure) -> str:
-    return f"{percent(figure.value)} ± {number(100 * half(figure), '.2f')}"
+    scaled = Figure(100 * figure.value, 100 * figure.low, 100 * figure.high)
+    return interval(scaled, "%")
 
 
 def mib(nbytes: int) -> str:
