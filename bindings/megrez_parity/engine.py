@@ -214,20 +214,12 @@ class Engine:
             llama.llama_batch_free(batch)
 
     def _evaluated(self, address: int, ask: bool, _: Any) -> bool:
-        # Nothing can be raised through llama.cpp. Stopping at the next node and answering False
-        # there ends the evaluation.
+        # Nothing can be raised through llama.cpp. To stop at a node and answer False when it is
+        # computed ends the evaluation.
         if self._watch is None or self._error is not None:
-            return ask and self._error is not None
+            return False
         try:
             return self._watch(Tensor.from_address(address), ask)
         except BaseException as error:
             self._error = error
             return ask
-
-
-def __getattr__(name: str) -> Any:
-    if name == "quantize":
-        from megrez_parity.levels import quantize
-
-        return quantize
-    raise AttributeError(name)

@@ -47,7 +47,8 @@ _EITHER = (
 _WEIGHTED = (
     *("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
 )
-# All that can be made. nvfp4 has no quantizer, and q1_0 does not fit the widths of Megrez2.
+# All that can be made. nvfp4 has no quantizer, q1_0 does not fit the widths of Megrez2, and the
+# gguf package does not know q2_0 yet.
 KNOWN = (*_PLAIN, *_EITHER, *(name + IMATRIX for name in (*_EITHER, *_WEIGHTED)))
 # Compared unless others are asked for.
 LEVELS = (

@@ -259,3 +259,10 @@ def test_another_layout_is_noticed(layout: type[Tensor]) -> None:
     check_layout(library(), Tensor)
     with pytest.raises(RuntimeUnavailableError, match="not laid out as expected"):
         check_layout(library(), layout)
+
+
+def test_the_layout_is_checked_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "Tensor", renamed(ne="nb", nb="ne"))
+    library.cache_clear()
+    with pytest.raises(RuntimeUnavailableError, match="Reinstall the patched llama-cpp-python"):
+        library()

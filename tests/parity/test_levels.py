@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from make_checkpoint import POCKET as RANDOM
 from make_checkpoint import make_checkpoint
 from megrez_gguf import convert
-from megrez_gguf.errors import ConfigError, OutputError
+from megrez_gguf.errors import ConfigError, GGUFError, OutputError
 from megrez_gguf.gguf_file import GGUFFile
 from megrez_parity import imatrix, levels
 from megrez_parity.engine import Engine
@@ -271,10 +271,11 @@ def test_level_of_other_files(source: Path, tmp_path: Path) -> None:
 
 
 def made_by_llama_cpp(source: Path, target: Path, kind: str, weights: Imatrix | None) -> str:
-    """Why the quantizer refuses, or "" for a file that loads."""
+    """Why the quantizer refuses or the file cannot be read, or "" for a file that loads."""
     try:
         quantize(source, target, kind, weights)
-    except OutputError as e:
+        GGUFFile.open(target)
+    except (GGUFError, OutputError) as e:
         return str(e)
     with Engine(target, CONTEXT) as engine:
         assert np.isfinite(engine.logits(np.arange(CONTEXT, dtype=np.int32))).all()
