@@ -69,7 +69,7 @@ def test_the_truth_is_inside_as_often_as_promised(correlation: float) -> None:
     shares = coverage(correlation)
     assert shares.pop("kld_99") > 0.8  # some ten positions decide it
     for name, share in shares.items():
-        assert 0.91 <= share <= 0.985, f"{name}: {shares}"
+        assert 0.91 <= share <= 0.99, f"{name}: {shares}"
 
 
 @pytest.mark.slow
@@ -116,9 +116,9 @@ def test_more_positions_narrow_it() -> None:
 def test_domains_are_not_drawn_against_each_other() -> None:
     # Each constant in itself: how they differ is no uncertainty.
     comparison = Comparison()
-    p, targets = np.zeros((100, 2)), np.zeros(100, dtype=np.int64)
-    for domain, error in (("easy", 0.01), ("hard", 1.0)):
-        comparison.add(p, p + np.array([error, -error]), targets, domain)
+    for domain, error, count in (("easy", 0.01, 100), ("hard", 1.0, 300)):
+        p = np.zeros((count, 2))
+        comparison.add(p, p + np.array([error, -error]), np.zeros(count, dtype=np.int64), domain)
     assert width(comparison.result().mean_kld) == pytest.approx(0, abs=1e-12)
 
 
@@ -137,3 +137,10 @@ def test_of_a_broken_candidate_it_is_not_finite(bad: float) -> None:
     comparison.add(np.zeros((60, 40)), q, np.full(60, 7))
     assert not math.isfinite(comparison.result().mean_kld.high)
     assert not math.isfinite(comparison.result().perplexity.high)
+
+
+def test_a_perplexity_beyond_floats_is_infinite() -> None:
+    comparison = Comparison()
+    p = np.random.default_rng(0).normal(0, 2, (100, 40))
+    comparison.add(p, p * -1000, p.argmax(-1))
+    assert comparison.result().perplexity == Figure(math.inf, math.inf, math.inf)
