@@ -102,7 +102,9 @@ def trace(draw: random.Random, error: float, layers: int) -> Trace:
         for layer in range(layers)
         for i, name in enumerate(TENSORS)
     ]
-    return Trace(points)
+    ends = (("embd", 0.0), ("result_norm", error**2))
+    first, last = (TracePoint(name, -1, value, value, 1e-9 + error) for name, value in ends)
+    return Trace([first, *points, last])
 
 
 def level(

@@ -130,13 +130,13 @@ def name_rows(figure: go.Figure, names: Sequence[str]) -> None:
     )
 
 
-def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
-    """A logarithmic axis for `values`, with three to nine ticks whatever they span."""
+def log_axis(values: Iterable[float | None], most: int = 8) -> dict[str, Any]:
+    """A logarithmic axis for `values`, with few ticks whatever they span."""
     known = [x for x in values if x is not None and math.isfinite(x) and x > 0]
     low, high = (min(known), max(known)) if known else (0.1, 1.0)
     decades = math.log10(high / low)
     if decades > 3:
-        step = math.ceil(decades / 8)
+        step = math.ceil(decades / most)
         # Plotly draws powers a quarter larger than it is told.
         font = {"size": 9, "color": MUTED}
         return {"type": "log", "exponentformat": "power", "dtick": step, "tickfont": font}

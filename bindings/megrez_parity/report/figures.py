@@ -25,7 +25,7 @@ from megrez_parity.report.drawing import (
     safe,
     styles,
 )
-from megrez_parity.report.words import NONE, labels, number, percent
+from megrez_parity.report.words import NONE, labels, number, percent, place
 from megrez_parity.results import LevelResult, Report
 
 # Widths of the bars that hold the middle 98%, 80% and 50% of positions.
@@ -153,7 +153,7 @@ def distribution(report: Report) -> go.Figure:
                 for label, result in rows
             ],
         )
-    figure.update_xaxes(log_axis([max(x, floor) for x in values]))
+    figure.update_xaxes(log_axis([max(x, floor) for x in values], most=5))
     name_rows(figure, [label for label, _ in rows])
     return figure
 
@@ -210,7 +210,6 @@ def routing(report: Report) -> go.Figure:
             hovertext=notes,
             hoverinfo="text",
             meta=kind,
-            visible=kind == "identical",
         )
     for name, symbol, size, color, field in (
         ("diverged", "circle", 3, INK, "first_diverged"),
@@ -232,7 +231,7 @@ def routing(report: Report) -> go.Figure:
             name=name,
             showlegend=False,
         )
-    figure.update_xaxes(type="category", showgrid=False, range=[-0.5, len(layers) - 0.5])
+    figure.update_xaxes(type="category", showgrid=False, ticks="", range=[-0.5, len(layers) - 0.5])
     figure.update_layout(margin_t=50)
     name_rows(figure, names)
     return figure
@@ -286,17 +285,16 @@ def trace(report: Report) -> go.Figure:
     """Total and local error of every tensor in the order of computing, one level at a time."""
     figure = blank(460, x="layer", y="NMSE")
     ticks: dict[int, int] = {}
-    shown, spread = False, list[float]()
     for i, (result, label) in enumerate(zip(report.levels, labels(report.levels), strict=True)):
         if not result.trace or not result.trace.points:
             continue
         points, first = result.trace.points, result.trace.first_beyond
-        for place, point in enumerate(points):
-            ticks.setdefault(point.layer, place)
-            spread += [point.nmse, point.local_nmse]
+        for at, point in enumerate(points):
+            if point.layer >= 0:
+                ticks.setdefault(point.layer, at)
         notes = [
             hover(
-                f"{label}, {point.name}-{point.layer}",
+                f"{label}, {place(point)}",
                 ("NMSE", number(point.nmse)),
                 ("local NMSE", number(point.local_nmse)),
                 ("tolerance", number(point.tolerance)),
@@ -304,8 +302,6 @@ def trace(report: Report) -> go.Figure:
             for point in points
         ]
         common: dict[str, Any] = {"x": list(range(len(points))), "meta": str(i)}
-        common["visible"] = not shown
-        shown = True
         lines: Sequence[tuple[str, list[float], dict[str, Any]]] = (
             ("total", [x.nmse for x in points], {"line": {"color": "var(--w8)", "width": 1.6}}),
             (
@@ -325,17 +321,18 @@ def trace(report: Report) -> go.Figure:
                 **common, y=positive(values), name=name, mode=mode, hovertext=notes, **look
             )
         if first:
-            place = points.index(first)
+            at = points.index(first)
             height = [x for x in positive([first.local_nmse, first.nmse]) if x is not None]
             figure.add_scatter(
-                **common | {"x": [place]},
+                **common | {"x": [at]},
                 y=height[:1] or positive([first.tolerance or 0.0]),
-                name=f"first beyond: {first.name}-{first.layer}",
+                name=f"first beyond: {place(first)}",
                 mode="markers",
                 marker={"symbol": "circle-open", "size": 16, "color": BAD, "line": {"width": 2.5}},
-                hovertext=notes[place],
+                hovertext=notes[at],
             )
-    figure.update_yaxes(log_axis(spread))
+    # Levels are far apart, and each is seen alone: the axis fits itself to the one chosen.
+    figure.update_yaxes(type="log", dtick=1, exponentformat="power", tickfont_size=9)
     every = math.ceil(len(ticks) / 11)
     figure.update_xaxes(
         tickvals=list(ticks.values())[::every], ticktext=[str(x) for x in ticks][::every]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
 
+import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from megrez_parity.report.content import Bad, Section, Table
@@ -44,7 +45,7 @@ _SHAPES = {
 def render(report: Report) -> str:
     """The page, with figures that follow the reader's light or dark setting."""
     found = sections(report)
-    drawn = {name: str(figure.to_json()) for name, figure in figures(report).items()}
+    drawn = figures(report)
     names = styles(report.levels)
     missed = ' class="bad"' if report.misses else ""
     links = "".join(f'<li><a href="#{s.name}">{escape(s.title)}</a></li>' for s in found)
@@ -82,7 +83,9 @@ def render(report: Report) -> str:
 """
 
 
-def _section(report: Report, section: Section, drawn: str | None, names: Sequence[Style]) -> str:
+def _section(
+    report: Report, section: Section, drawn: go.Figure | None, names: Sequence[Style]
+) -> str:
     parts = [f'<section id="{section.name}" aria-labelledby="{section.name}-title">']
     parts.append(f'<h2 id="{section.name}-title">{escape(section.title)}</h2>')
     parts.append(f'<p class="reading"><b>How to read this.</b> {escape(section.reading)}</p>')
@@ -98,22 +101,29 @@ def _section(report: Report, section: Section, drawn: str | None, names: Sequenc
     return "\n".join([*parts, "</section>"])
 
 
-def _figure(report: Report, name: str, drawn: str, names: Sequence[Style]) -> Iterator[str]:
+def _figure(report: Report, name: str, drawn: go.Figure, names: Sequence[Style]) -> Iterator[str]:
     yield f'<div class="figure" id="figure-{name}">'
     choices: list[tuple[str, str]] = []
+    chosen = ""
     if name == "routing":
         choices = [("identical", "all experts the same"), ("overlap", "experts in common")]
     elif name == "trace":
-        traced = zip(report.levels, labels(report.levels), strict=True)
-        choices = [(str(i), x) for i, (level, x) in enumerate(traced) if level.trace]
+        traced = [(str(i), result) for i, result in enumerate(report.levels) if result.trace]
+        choices = [(i, labels(report.levels)[int(i)]) for i, _ in traced]
+        broken = [i for i, result in traced if result.trace and result.trace.first_beyond]
+        chosen = broken[0] if broken else ""
     if choices:
-        options = "".join(f'<option value="{v}">{escape(text)}</option>' for v, text in choices)
+        options = "".join(
+            f'<option value="{value}"{" selected" * (value == chosen)}>{escape(text)}</option>'
+            for value, text in choices
+        )
         yield f'<p><label>Show <select autocomplete="off">{options}</select></label></p>'
-    yield f'<div class="plot" role="img" aria-label="{_DESCRIPTIONS[name]}"></div>'
+    style = f'style="height: {drawn.layout.height}px"'
+    yield f'<div class="plot" role="img" aria-label="{_DESCRIPTIONS[name]}" {style}></div>'
     if name in ("overview", "pregate", "depth"):
         yield f'<div class="legend" role="group" aria-label="Levels shown">{_legend(names)}</div>'
     # Nothing in it can end the script element.
-    yield f'<script type="application/json">{_inert(drawn)}</script>'
+    yield f'<script type="application/json">{_inert(str(drawn.to_json()))}</script>'
     yield "</div>"
 
 

@@ -14,6 +14,7 @@ from megrez_parity.report.words import (
     number,
     percent,
     percent_interval,
+    place,
     verdict,
 )
 from megrez_parity.results import _FLOORS as FLOORS
@@ -73,14 +74,14 @@ def gate(report: Report) -> Section:
         value, floor = result.figure(name), name in FLOORS
         held = value >= limit if floor else value <= limit
         relation = ("≥" if held else "<") if floor else ("≤" if held else ">")
-        text = f"{number(value, '.4g')} {relation} {limit:g}"
+        text = f"{number(value, '.5g')} {relation} {limit:g}"
         return text if held else Bad(f"missed: {text}")
 
     def trace(result: LevelResult) -> str:
         if result.trace is None:
             return NONE
         first = result.trace.first_beyond
-        return Bad(f"missed: {first.name}-{first.layer}") if first else "none beyond"
+        return Bad(f"missed: {place(first)}") if first else "none beyond"
 
     rows = [
         [clean(result.level), *(cell(result, name) for name in names)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from megrez_parity.report.content import Bad, Section, Table, by_layer
-from megrez_parity.report.words import NONE, clean, experts_agree, mean, number, percent
+from megrez_parity.report.words import NONE, clean, experts_agree, mean, number, percent, place
 from megrez_parity.results import LayerRouting, LevelResult, Report
 
 
@@ -29,7 +29,7 @@ def routing(report: Report) -> Section:
                 Bad(f"{unfaithful:,}") if unfaithful else "0",
             ]
         )
-    header = ["level", "experts agree", "least", "overlap"]
+    header = ["level", "experts agree", "lowest", "overlap"]
     header += ["first left by a tie", "first diverged", "from", "unfaithful"]
 
     def cell(show: Callable[[LayerRouting], str]) -> Callable[[LevelResult], dict[int, str]]:
@@ -162,11 +162,11 @@ def trace(report: Report) -> Section:
         rows.append(
             [
                 clean(result.level),
-                Bad(f"{first.name}-{first.layer}") if first else "none",
+                Bad(place(first)) if first else "none",
                 number(first.local_nmse) if first else NONE,
                 number(first.tolerance) if first else NONE,
                 Bad(f"{beyond} of {len(bounded)}") if beyond else f"0 of {len(bounded)}",
-                f"{worst.name}-{worst.layer}: {worst.local_nmse:.2g}" if worst else NONE,
+                f"{place(worst)}: {number(worst.local_nmse)}" if worst else NONE,
                 number(points[-1].nmse) if points else NONE,
             ]
         )

@@ -123,7 +123,7 @@ def provenance(report: Report) -> Section:
         ["reference: time", f"{run.seconds:,.1f} s"],
         ["reference: peak memory", f"{run.peak_rss / 2**30:.2f} GiB"],
         ["reference: from the cache", "yes" if run.cached else "no"],
-        ["reference: folder", clean(run.cache)],
+        ["reference: folder", clean(run.cache) or NONE],
     ]
     texts = [
         [clean(x.domain), clean(x.path), f"{x.tokens:,}", f"{x.windows:,}", x.sha256]

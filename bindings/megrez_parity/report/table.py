@@ -10,7 +10,7 @@ from rich.text import Text
 
 from megrez_parity.report.content import Bad
 from megrez_parity.report.judgement import glance
-from megrez_parity.report.words import clean, mib, number
+from megrez_parity.report.words import clean, mib, number, place
 from megrez_parity.results import Report
 
 
@@ -43,13 +43,14 @@ def _remarks(report: Report) -> Iterator[str]:
         f"Reference: torch {report.reference.dtype}, PPL {number(reference, '.4f')}; "
         f"{windows} windows of {report.context} tokens."
     )
-    diverged = []
-    for result in report.levels:
-        if layers := [x for x in result.routing if x.first_diverged]:
-            tokens = sum(x.first_diverged for x in layers)
-            diverged.append(f"{clean(result.level)} {tokens}, from layer {layers[0].layer}")
-    if diverged:
-        yield f"Tokens that left the reference's experts by more than noise: {'; '.join(diverged)}."
+    diverged = [
+        (sum(layer.first_diverged for layer in result.routing), clean(result.level))
+        for result in report.levels
+    ]
+    if any(count for count, _ in diverged):
+        most = sorted(diverged, reverse=True)[:3]
+        leavers = ", ".join(f"{level} {count:,}" for count, level in most if count)
+        yield f"Tokens that left the reference's experts by more than noise, most: {leavers}."
     for result in report.levels:
         name = clean(result.level)
         if unfaithful := [str(x.layer) for x in result.routing if x.unfaithful]:
@@ -70,7 +71,7 @@ def _remarks(report: Report) -> Iterator[str]:
         point = result.trace.first_beyond if result.trace else None
         if point:
             yield (
-                f"Trace: {clean(result.level)}: {point.name}-{point.layer} is the first tensor "
+                f"Trace: {clean(result.level)}: {place(point)} is the first tensor "
                 f"beyond its tolerance: {number(point.local_nmse)} > {number(point.tolerance)}."
             )
     if traced and not any(result.trace and result.trace.first_beyond for result in traced):

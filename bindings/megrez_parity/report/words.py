@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from megrez_parity.results import Figure, LevelResult
+from megrez_parity.results import Figure, LevelResult, TracePoint
 
 NONE = "–"
 # Bits a weight that have a colour of their own; 0 stands for any other.
@@ -43,7 +43,9 @@ def interval(figure: Figure, unit: str = "") -> str:
     if -3 <= power <= 5:
         power = 0
     value, half = value / 10.0**power, half / 10.0**power
-    digits = min(max(1 - math.floor(math.log10(half)), 0), 6) if half else 2
+    digits = max(1 - math.floor(math.log10(half)), 0) if half else 2
+    if digits > 6:
+        return f"{value:.6f}{unit} ± {half:.1e}"
     text = f"{value:.{digits}f}{unit} ± {half:.{digits}f}"
     return f"({text})e{power:+03d}" if power else text
 
@@ -70,6 +72,11 @@ def experts_agree(result: LevelResult) -> float | None:
 
 def verdict(result: LevelResult) -> str:
     return "missed" if result.misses else "ok" if result.thresholds else "no threshold"
+
+
+def place(point: TracePoint) -> str:
+    """As llama.cpp names it; what is outside the layers has no number."""
+    return point.name if point.layer < 0 else f"{point.name}-{point.layer}"
 
 
 def labels(levels: Sequence[LevelResult]) -> list[str]:
