@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from megrez_parity.stream import StoredReference
 
 _LARGEST = 65504.0
-_SMALLEST_NORMAL = 2.0**-14
+# The largest float32 below F16's normal numbers.
+_SUBNORMAL = float(np.nextafter(np.float32(2.0**-14), np.float32(0)))
 
 # Activation -> what it enters, by GGUF names without "blk.N." and ".weight".
 _ENTERS = {
@@ -60,25 +61,30 @@ def audit(
         if not target.f32
         for tensor in target.sources
     ]
-    total, done, subnormal, loss = sum(t.nbytes for t in tensors), 0, 0, encode.Loss()
+    total, done = sum(t.nbytes for t in tensors), 0
+    overflow = flushed = subnormal = 0
     for tensor in tensors:
         for raw in tensor.chunks():
-            values = encode.to_f32(raw)
-            loss += encode.count_loss(values, encode.ENCODINGS["F16"])
-            magnitude = np.abs(values)
-            small = magnitude < _SMALLEST_NORMAL
-            subnormal += int(np.count_nonzero(small & (magnitude > encode.F16_FLUSH)))
+            magnitude = np.abs(encode.to_f32(raw))
+            some, kept, normal, beyond = (
+                int(np.count_nonzero(magnitude > limit))
+                for limit in (0, encode.F16_FLUSH, _SUBNORMAL, encode.F16_LIMIT)
+            )
+            overflow += beyond
+            flushed += some - kept
+            subnormal += kept - normal
             done += raw.nbytes
             if progress:
                 progress(done, total)
     weights = sum(t.size for t in tensors)
     return Audit(
         activations=activations,
-        overflowing_weights=loss.overflow,
-        flushed_weights=loss.flushed,
+        overflowing_weights=overflow,
+        flushed_weights=flushed,
         subnormal_weights=subnormal,
         weights=weights,
-        verdict=_verdict(activations, loss, subnormal, weights),
+        verdict=f"{_verdict(activations, overflow)}; of {weights:,} weights {overflow:,} overflow, "
+        f"{flushed:,} become 0 and {subnormal:,} keep fewer bits",
     )
 
 
@@ -93,23 +99,21 @@ def _enters(config: ModelConfig, name: str, layer: int) -> str:
     return f"ffn_gate_exps, ffn_up_exps{shared}"
 
 
-def _verdict(activations: list[Activation], loss: encode.Loss, subnormal: int, weights: int) -> str:
+def _verdict(activations: list[Activation], overflow: int) -> str:
     # NaN is beyond any range.
     beyond = [a for a in activations if not a.max_abs <= encode.F16_LIMIT]
-    if loss.overflow or any(a.name not in _RESCALED for a in beyond):
+    if overflow or any(a.name not in _RESCALED for a in beyond):
         answer = "F16 does not hold this model"
     elif beyond:
         answer = "F16 holds this model only where down projections are rescaled, as here"
     else:
         answer = "F16 holds this model"
-    worst = max(activations, key=lambda a: (np.isnan(a.max_abs), a.max_abs))
-    place = f"{worst.name} into {worst.enters}"
-    place += "" if worst.layer is None else f" of layer {worst.layer}"
+    worst = max(activations, key=lambda a: (math.isnan(a.max_abs), a.max_abs))
+    place = "" if worst.layer is None else f" of layer {worst.layer}"
     below = worst.max_abs <= _LARGEST
     ratio = _LARGEST / (worst.max_abs or math.nan) if below else worst.max_abs / _LARGEST
-    relation = f"{ratio:,.{0 if ratio >= 10 else 2}f} times{' below' if below else ''}"
     return (
-        f"{answer}: the largest activation, {worst.max_abs:,.6g} ({place}), is {relation} "
-        f"{_LARGEST:.0f}; of {weights:,} weights {loss.overflow:,} overflow, {loss.flushed:,} "
-        f"become 0 and {subnormal:,} keep fewer bits"
+        f"{answer}: the largest activation, {worst.max_abs:,.6g} ({worst.name} into "
+        f"{worst.enters}{place}), is {ratio:,.{0 if ratio >= 10 else 2}f} times "
+        f"{'below ' if below else ''}{_LARGEST:.0f}"
     )
