@@ -36,7 +36,6 @@ _STEPS = {
 # Nodes with a row for every expert a token uses, [rows, K, ...]; all others are [rows, ...].
 _BY_EXPERT = {"ffn_moe_swiglu", "ffn_moe_weights", "ffn_moe_weights_scaled"}
 
-
 Nodes = dict[tuple[str, int], NDArray[Any]]
 """Captured tensors by name and layer; layer -1 for those outside layers."""
 

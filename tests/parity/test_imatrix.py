@@ -167,7 +167,7 @@ def test_reads_files(tmp_path: Path) -> None:
         ({"x.in_sum2": SUMS, "x.counts": COUNTS}, {"chunk_size": -1}, "not an importance matrix"),
         ({"x.in_sum2": SUMS}, {}, "x.in_sum2 is no half of a pair"),
         ({"x.counts": COUNTS}, {}, "x.counts is no half of a pair"),
-        ({"x.in_sum2": SUMS, "x.counts": COUNTS, "y": SUMS}, {}, "y is no half of a pair"),
+        ({"x.in_sum2": SUMS, "x.counts": COUNTS, "x.y": SUMS}, {}, "x.y is no half of a pair"),
         ({"x.in_sum2": SUMS.astype(np.float16), "x.counts": COUNTS}, {}, "no half of a pair"),
         ({"x.in_sum2": SUMS[:1], "x.counts": COUNTS}, {}, "3 sums of 2 matrices x"),
     ],

@@ -1,6 +1,7 @@
 """Every level is made, of the types llama.cpp gives it, and leaves nothing behind."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,11 +241,22 @@ def test_an_importance_matrix_of_another_model(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(?P<tensor>never)", "counts 3 fallbacks, and 0 are named in its log"),
+        (
+            r"warning: (?P<tensor>\S+).*type +(?P<got>(?P<wanted>\S+))\)",
+            r"blk\.0\.ffn_down\.weight was to fall back to q4_K, but is Q5_0",
+        ),
+    ],
+    ids=["unread", "misread"],
+)
 def test_a_log_that_is_not_understood(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str, message: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(levels, "_FALLBACK", levels.re.compile("blk.1.*(?P<tensor>)never"))
-    with pytest.raises(OutputError, match="counts 3 fallbacks, and 0 are named in its log"):
+    monkeypatch.setattr(levels, "_FALLBACK", re.compile(pattern))
+    with pytest.raises(OutputError, match=message):
         quantize(source, tmp_path / "x.gguf", "q4_k_m")
     assert not list(tmp_path.iterdir())
 
