@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megrez_gguf.config import ModelConfig
-from megrez_parity.reference import CheckpointWeights, block, embed, head, rotary
+from megrez_parity.reference import CheckpointWeights, Weights, block, embed, head, rotary
 from megrez_parity.results import Trace, TracePoint
 from megrez_parity.routing import Nmse, Nodes, captured
 from megrez_parity.stream import DOUBLE_LIMIT
@@ -55,40 +55,39 @@ def trace(
     layer and after it perhaps of the last positions only; one layer is read at a time, so the
     arrays may be mapped files. `tolerances[name]` bounds local errors by tensor name.
 
-    Runs the reference's forward pass once for itself and once for each candidate; weights are read
-    once for all, one group's experts being in memory at a time. Raises CheckpointError when the
-    checkpoint cannot be read, ValueError for a tensor that was not captured.
+    Takes as long as the reference's forward pass over the windows, for itself and again for each
+    candidate. All go through a layer before the next is read, so one group's experts are in memory
+    at a time. Raises CheckpointError when the checkpoint cannot be read, ValueError for a tensor
+    that was not captured.
     """
-    weights = CheckpointWeights(checkpoint)
-    if weights.parameters <= DOUBLE_LIMIT:
-        weights = CheckpointWeights(checkpoint, torch.float64)
+    stored = CheckpointWeights(checkpoint)
+    weights: Weights = stored  # upcast at each use
+    if stored.parameters <= DOUBLE_LIMIT:
+        weights = dict(CheckpointWeights(checkpoint, torch.float64))
     found = {name: _Candidate(config, nodes) for name, nodes in candidates.items()}
     x = embed(weights, torch.from_numpy(np.stack(windows)).long())  # [W, S, D]
     for candidate in found.values():
         candidate.compare("embd", -1, x, x)
     rope = rotary(config, x.shape[1], x.dtype)
     previous = None
-    held: dict[str, Tensor] = {}
     for layer in range(config.num_hidden_layers):
-        _hold(held, config, weights, layer)
+        stored.reopen()  # what the layer before read is mapped, and counts as memory
         true = _Seen()
-        x, previous = block(config, held, layer, x, previous, rope, true)
+        x, previous = block(config, weights, layer, x, previous, rope, true)
         for candidate in found.values():
             entering = candidate.states("l_out" if layer else "embd", layer - 1, x.dtype)
             read = candidate.states("ffn_norm", layer - 1, x.dtype) if layer else None
             own = _Seen()
-            block(config, held, layer, entering, read, rope, own)
+            block(config, weights, layer, entering, read, rope, own)
             for name in own:
                 candidate.compare(name, layer, true[name], own[name])
-    held.clear()
-    held |= {name: weights[name] for name in weights if not name.startswith("model.layers.")}
     for candidate in found.values():
         left = candidate.states("l_out", config.num_hidden_layers - 1, x.dtype)
         for w in range(len(windows)):  # logits of all windows would take too much memory
             true, own = _Seen(), _Seen()
             rows = slice(-left.shape[1], None)
-            true["result_output"] = head(config, held, x[w : w + 1, rows], true)
-            own["result_output"] = head(config, held, left[w : w + 1], own)
+            true["result_output"] = head(config, weights, x[w : w + 1, rows], true)
+            own["result_output"] = head(config, weights, left[w : w + 1], own)
             for name in own:
                 candidate.compare(name, -1, true[name], own[name], first=w)
     return {name: c.trace(tolerances.get(name, {})) for name, c in found.items()}
@@ -139,19 +138,3 @@ class _Candidate:
                 for (name, layer), (total, local) in self._errors.items()
             ]
         )
-
-
-def _hold(
-    held: dict[str, Tensor], config: ModelConfig, weights: CheckpointWeights, layer: int
-) -> None:
-    """Make `held` the weights that `layer` uses, reading only those not in it."""
-    prefixes = [f"model.layers.{layer}."]
-    if config.is_moe(layer):
-        prefixes.append(f"model.layers.{config.pool_layer(layer)}.mlp.experts.")
-    needed = [name for name in weights if name.startswith(tuple(prefixes))]
-    for name in held.keys() - needed:
-        del held[name]
-    weights.reopen()  # what was read stays mapped, which counts as memory
-    for name in needed:
-        if name not in held:
-            held[name] = weights[name]

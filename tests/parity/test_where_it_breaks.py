@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from traces import LENGTH, VARIANTS, WINDOWS, model
 
 from megrez_gguf import convert
 from megrez_gguf.config import ModelConfig
@@ -110,6 +111,28 @@ def test_quantizing_turns_ties_round(level: str, agree: float, pocket: Pocket) -
     assert diverged < 0.03 * ties
     assert beyond is not None
     assert beyond.name == "embd"
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_other_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
+    config, checkpoint, _ = model(changes, tmp_path)
+    convert(checkpoint, tmp_path / "f32.gguf", outtype="f32")
+    folder = tmp_path / "reference"
+    reference = StoredReference(config, checkpoint, WINDOWS, folder, "0" * 64, print)
+    reference.run()
+    comparison = routing.RoutingComparison(config, routing.routers(config, checkpoint))
+    kept = []
+    with Engine(tmp_path / "f32.gguf", LENGTH) as engine:
+        for i, tokens in enumerate(WINDOWS):
+            capture = {*routing.CAPTURE, *tracing.CAPTURE}
+            kept.append(engine.run(tokens, LENGTH // 2, capture).nodes)
+            comparison.add(reference, i, kept[i])
+    for layer in comparison.layers():
+        assert (layer.identical.value, layer.unfaithful) == (1, 0)
+    found = tracing.trace(config, checkpoint, WINDOWS, {"it": kept}, {"it": F32})["it"]
+    assert found.first_beyond is None
+    assert len(found.points) > 5 * config.num_hidden_layers
+    assert "F16 holds this model" in audit(config, checkpoint, reference).verdict
 
 
 def exchange_routers(raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
