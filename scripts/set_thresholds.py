@@ -4,8 +4,10 @@
 To be run after the pocket checkpoint or its held-out text changed, never to make a failing parity
 pass. Each bound is the figure measured with its distance from perfect doubled, and so is the
 largest error that a tensor of any layer adds by itself: room for other machines' kernels, too
-little for a wrong model. F32 has no loss to double, so there it is 1e-11, some twenty times the
-NMSE that the order of sums makes; no tensor of another level is held to less.
+little for a wrong model. The ratio of perplexities, which a text may turn either way, counts with
+the upper end of its interval. F32 has no loss to double: what the order of sums makes there, NMSE
+8e-13 and 3e-12 in the worst tensor, has room of 10 and 30 times. Tensors that other levels keep
+exact are held to the same.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "tests" / "data" / "pocket"
 TARGET = ROOT / "bindings" / "megrez_parity" / "thresholds.json"
 MARGIN = 2.0
-EXACT = 1e-11
+EXACT, EXACT_LOCAL = 1e-11, 1e-10
 
 
 def bounds(metrics: Metrics) -> dict[str, float]:
@@ -34,7 +36,7 @@ def bounds(metrics: Metrics) -> dict[str, float]:
     Differences below 0.005 in top-p and ratio are a few tokens, so that much is always allowed.
     """
     wrong_top = max(MARGIN * (1 - metrics.same_top_p.value), 0.005)
-    worse_ppl = max(MARGIN * (metrics.perplexity_ratio.value - 1), 0.005)
+    worse_ppl = max(MARGIN * (metrics.perplexity_ratio.high - 1), 0.005)
     return {
         "nmse": _up(metrics.nmse.value),
         "mean_kld": _up(metrics.mean_kld.value),
@@ -50,11 +52,11 @@ def local_bounds(trace: Trace) -> dict[str, float]:
     worst: dict[str, float] = {}
     for point in trace.points:
         worst[point.name] = max(point.local_nmse, worst.get(point.name, 0.0))
-    return {name: _up(error) for name, error in worst.items()}
+    return {name: max(_up(error), EXACT_LOCAL) for name, error in worst.items()}
 
 
 def _up(figure: float) -> float:
-    return max(_rounded(MARGIN * figure), EXACT)
+    return _rounded(MARGIN * figure)
 
 
 def _rounded(x: float) -> float:
@@ -78,7 +80,7 @@ def main() -> int:
     for result in report.levels:
         assert result.trace
         found[result.level] = bounds(result.metrics) | {"trace": local_bounds(result.trace)}
-    exact = dict.fromkeys(found["f32"]["trace"], EXACT)
+    exact = dict.fromkeys(found["f32"]["trace"], EXACT_LOCAL)
     found["f32"] = {"nmse": EXACT, "tokenizer_agreement": 1.0, "trace": exact}
     assert tuple(found) == LEVELS
     levels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(found[name])}" for name in found)
