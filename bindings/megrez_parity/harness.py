@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf import metadata
+from megrez_gguf import layout, metadata
+from megrez_gguf.checkpoint import Checkpoint
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import ConfigError, GGUFError, RuntimeUnavailableError
 from megrez_gguf.gguf_file import GGUFFile
@@ -87,6 +88,7 @@ def measure(
         maker.check(level)
     bounds = Thresholds.load(thresholds)
     config = ModelConfig.from_folder(checkpoint)
+    layout.plan(config, Checkpoint.open(checkpoint))  # every tensor is there, in its shape
     corpus = read_corpus(checkpoint, config, texts, context, windows)
     for file in files:
         _check_file(file, config, corpus.vocabulary)

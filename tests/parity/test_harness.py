@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from make_checkpoint import POCKET, make_checkpoint
 from megrez_gguf import convert
@@ -314,6 +315,22 @@ def test_a_file_of_another_model(
     convert(tmp_path / "other", tmp_path / "other.gguf")
     assert run("parity", checkpoint, "--gguf", tmp_path / "other.gguf", "--ctx", 64) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_a_tensor(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before the reference stumbles over it; nothing is converted here."""
+    convert(checkpoint, tmp_path / "mine.gguf")
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    for shard in (tmp_path / "damaged").glob("*.safetensors"):
+        tensors = load_file(shard)
+        tensors.pop("model.layers.2.mlp.gate.weight", None)
+        save_file(tensors, shard)
+    index = tmp_path / "damaged" / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)
+    assert run("parity", tmp_path / "damaged", "--gguf", tmp_path / "mine.gguf", "--ctx", 64) == 2
+    assert "model.layers.2.mlp.gate.weight" in capsys.readouterr().err
 
 
 def test_a_file_of_another_architecture(
