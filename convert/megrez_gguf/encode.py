@@ -81,9 +81,10 @@ def count_loss(values: npt.NDArray[np.float32], encoding: Encoding) -> Loss:
     magnitude = np.abs(values)
     loss = Loss()
     if magnitude.size and magnitude.max() > encoding.limit:
-        loss.overflow = int((magnitude > encoding.limit).sum())
+        loss.overflow = int(np.count_nonzero(magnitude > encoding.limit))
     if encoding.flush:
-        loss.flushed = int((magnitude <= encoding.flush).sum() - (magnitude == 0).sum())
+        loss.flushed = int(np.count_nonzero(magnitude <= encoding.flush))
+        loss.flushed -= magnitude.size - int(np.count_nonzero(magnitude))
     return loss
 
 
