@@ -96,7 +96,7 @@ def trace(draw: random.Random, error: float, layers: int) -> Trace:
             name,
             layer,
             error**2 * (layer + 1 + i / 10),
-            error**2 * draw.uniform(0.3, 1) * (3 if (name, layer) == ("ffn_moe_out", 17) else 1),
+            error**2 * draw.uniform(0.3, 1) * (6 if (name, layer) == ("ffn_moe_out", 17) else 1),
             error**2 * 1.5,
         )
         for layer in range(layers)
@@ -111,7 +111,7 @@ def level(
     name: str, layers: int = 31, traced: bool = False, kind: str | None = None
 ) -> LevelResult:
     bits, error = LEVELS.get(kind or name, (4.5, 0.05))
-    draw = random.Random(name)
+    draw = random.Random(ascii(name))
     size = round(PARAMETERS * bits / 8)
     scale = error**2 * 4
     low_bits = 2 < bits < 8

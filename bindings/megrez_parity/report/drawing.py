@@ -140,18 +140,18 @@ def log_axis(values: Iterable[float | None], most: int = 8) -> dict[str, Any]:
         # Plotly draws powers a quarter larger than it is told.
         font = {"size": 9, "color": MUTED}
         return {"type": "log", "exponentformat": "power", "dtick": step, "tickfont": font}
-    places = _ticks(low, high)
+    places = _ticks(low, high, most)
     return {"type": "log", "tickvals": places, "ticktext": [f"{x:,.6g}" for x in places]}
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float, most: int) -> list[float]:
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     low, high = low * 0.8, high * 1.25
     for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [1 + i / 10 for i in range(90)]):
         places = [m * 10.0**power for power in powers for m in digits]
         places = [place for place in places if low <= place <= high]
         if len(places) >= 3:
-            return places[:: math.ceil(len(places) / 9)]
+            return places[:: math.ceil(len(places) / most)]
     return places
 
 

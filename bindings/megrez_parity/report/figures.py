@@ -67,7 +67,7 @@ def frontier(report: Report, looks: Sequence[Style]) -> go.Figure:
         x=[size for size, *_ in edge],
         y=[kld for _, kld, _ in edge],
         mode="lines",
-        line={"shape": "hv", "color": INK, "width": 1.2, "dash": "dot"},
+        line={"shape": "hv", "color": MUTED, "width": 1.2, "dash": "dot"},
         hoverinfo="skip",
         name="front",
     )
@@ -97,7 +97,7 @@ def frontier(report: Report, looks: Sequence[Style]) -> go.Figure:
     tops = [kld.high if math.isfinite(kld.high) else kld.value for _, kld, *_ in known]
     top = max([*tops, floor * 10])
     across = [math.log10(min(sizes)) - 0.06, math.log10(max(sizes)) + 0.12]
-    figure.update_xaxes(log_axis(sizes), range=across)
+    figure.update_xaxes(log_axis(sizes, most=5), range=across)
     up = [math.log10(floor) - 0.25, math.log10(top) + 0.4]
     figure.update_yaxes(log_axis([floor, top]), range=up)
     return figure
@@ -202,6 +202,7 @@ def routing(report: Report) -> go.Figure:
                 "orientation": "h",
                 "y": 1,
                 "yanchor": "bottom",
+                "ypad": 4,
                 "thickness": 10,
                 "tickformat": ".0%",
                 "outlinewidth": 0,
@@ -231,8 +232,14 @@ def routing(report: Report) -> go.Figure:
             name=name,
             showlegend=False,
         )
-    figure.update_xaxes(type="category", showgrid=False, ticks="", range=[-0.5, len(layers) - 0.5])
-    figure.update_layout(margin_t=50)
+    figure.update_xaxes(
+        type="category",
+        showgrid=False,
+        ticks="",
+        title_standoff=24,
+        range=[-0.5, len(layers) - 0.5],
+    )
+    figure.update_layout(margin_t=4)
     name_rows(figure, names)
     return figure
 

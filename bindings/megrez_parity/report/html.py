@@ -119,7 +119,7 @@ def _figure(report: Report, name: str, drawn: go.Figure, names: Sequence[Style])
         )
         yield f'<p><label>Show <select autocomplete="off">{options}</select></label></p>'
     style = f'style="height: {drawn.layout.height}px"'
-    yield f'<div class="plot" role="img" aria-label="{_DESCRIPTIONS[name]}" {style}></div>'
+    yield f'<div class="chart" role="img" aria-label="{_DESCRIPTIONS[name]}" {style}></div>'
     if name in ("overview", "pregate", "depth"):
         yield f'<div class="legend" role="group" aria-label="Levels shown">{_legend(names)}</div>'
     # Nothing in it can end the script element.

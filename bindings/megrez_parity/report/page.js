@@ -16,7 +16,7 @@
 
   async function draw(figure) {
     const { data, layout } = read(figure);
-    const plot = figure.querySelector(".plot");
+    const plot = figure.querySelector(".chart");
     const choice = figure.querySelector("select")?.value;
     for (const trace of data) {
       if (hidden.has(trace.legendgroup)) trace.visible = false;
@@ -103,7 +103,7 @@
   dark.addEventListener("change", drawAll);
   drawAll().then(() => {
     for (const figure of figures) {
-      const plot = figure.querySelector(".plot");
+      const plot = figure.querySelector(".chart");
       plot.on("plotly_autosize", () => place(plot));
     }
     document.documentElement.dataset.drawn = "true";
