@@ -44,8 +44,7 @@ def harm(checkpoint: Path, folder: Path, sabotage: Sabotage) -> Path:
         source = folder / "checkpoint"
         _change(checkpoint, source, sabotage)
     target = folder / "sabotaged.gguf"
-    maker = Maker(source)
-    with maker.in_folder(folder):
+    with Maker(source, folder) as maker:
         with maker.make(sabotage.level) as made:
             shutil.copy(made.path, target)
         if sabotage.edit:

@@ -24,7 +24,7 @@ from megrez_gguf.errors import ConfigError, GGUFError, RuntimeUnavailableError
 from megrez_gguf.gguf_file import GGUFFile
 from megrez_gguf.tokenizer import UNUSED, Vocabulary
 from megrez_parity.engine import Engine
-from megrez_parity.levels import LEVELS, Made, Maker, level_of, types_of
+from megrez_parity.levels import LEVELS, Made, Maker, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, provenance, sha256
 from megrez_parity.results import LevelResult, ReferenceRun, Report
 from megrez_parity.thresholds import Thresholds
@@ -83,13 +83,12 @@ def measure(
         raise ConfigError("nothing to compare: give a level or a GGUF file")
     if context < 4 or windows < 1:
         raise ConfigError(f"{windows} windows of {context} tokens: expected at least 1 of 4")
-    maker = Maker(checkpoint, say, imatrix)
-    for level in levels:
-        maker.check(level)
     bounds = Thresholds.load(thresholds)
     config = ModelConfig.from_folder(checkpoint)
     layout.plan(config, Checkpoint.open(checkpoint))  # every tensor is there, in its shape
     corpus = read_corpus(checkpoint, config, texts, context, windows)
+    for level in levels:
+        check(level, calibrated=bool(imatrix or corpus.calibration))
     for file in files:
         _check_file(file, config, corpus.vocabulary)
     say("hashing the checkpoint")
@@ -103,10 +102,11 @@ def measure(
             keep = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
             base = cache_folder() / "parity" if keep >= _KEEP_BYTES else scratch / "reference"
             cache = base / key
+        # Before the reference: an importance matrix that cannot be read is told at once.
+        maker = stack.enter_context(Maker(checkpoint, scratch, say, calibration, imatrix))
         reference = StoredReference(config, checkpoint, tokens, cache, weights, say)
         reference.run()
         judge = _Judge(config, checkpoint, corpus, reference, scratch, trace)
-        stack.enter_context(maker.in_folder(scratch, calibration))
         results = []
         for file in files:
             say(f"{file}: {len(tokens)} windows in llama.cpp")

@@ -73,63 +73,69 @@ class Made:
     fallbacks: list[Fallback]
 
 
+def check(level: str, calibrated: bool = True) -> None:
+    """Raise ConfigError unless `level` names one that can be made.
+
+    `calibrated` tells whether there is what an importance matrix comes from.
+    """
+    base = level.removesuffix(IMATRIX)
+    if level in KNOWN:
+        if base != level and not calibrated:
+            raise ConfigError(
+                f"level {level!r} needs an importance matrix: give its file with --imatrix, or a "
+                "longer text, whose tokens beyond the windows it can be made of"
+            )
+        return
+    if base in _WEIGHTED:
+        raise ConfigError(f"level {level!r} needs an importance matrix: ask for {base}{IMATRIX}")
+    if base in _PLAIN:
+        raise ConfigError(f"level {level!r}: an importance matrix changes nothing in {base}")
+    raise ConfigError(
+        f"unknown level {level!r}; known: {', '.join((*_PLAIN, *_EITHER))}; and with "
+        f"{IMATRIX} after the name: {', '.join((*_EITHER, *_WEIGHTED))}"
+    )
+
+
 class Maker:
-    """Makes the levels of one checkpoint, keeping what several of them start from.
+    """Makes the levels of one checkpoint in `folder`, keeping what several of them start from.
 
     Importance matrices come from `imatrix_file`, as llama-imatrix writes it, or else from running
-    the checkpoint over the calibration of `in_folder`. `say` is told what is being done.
+    the checkpoint over `calibration`, windows `[S]` of token ids. `say` is told what is being done.
+    A context manager, which leaves nothing in `folder`. Raises what `imatrix.load` does.
     """
 
     def __init__(
         self,
         checkpoint: Path,
+        folder: Path,
         say: Say = lambda line: None,
+        calibration: Sequence[NDArray[np.int32]] = (),
         imatrix_file: Path | None = None,
     ) -> None:
-        self._checkpoint, self._say, self._imatrix_file = checkpoint, say, imatrix_file
-        self._calibration: Sequence[NDArray[np.int32]] = ()
-        self._folder: Path | None = None
-        self._source: Path | None = None
-        self._imatrix: Imatrix | None = None
+        self._checkpoint, self._folder, self._say = checkpoint, folder, say
+        self._calibration = calibration
+        self._source = folder / "source.gguf"
+        self._imatrix = imatrix.load(imatrix_file) if imatrix_file else None
 
-    def check(self, level: str) -> None:
-        """Raise ConfigError unless `level` is the name of one that can be made."""
-        if level in KNOWN:
-            return
-        base = level.removesuffix(IMATRIX)
-        if base in _WEIGHTED:
-            raise ConfigError(
-                f"level {level!r} needs an importance matrix: ask for {base}{IMATRIX}"
-            )
-        if base in _PLAIN:
-            raise ConfigError(f"level {level!r}: an importance matrix changes nothing in {base}")
-        raise ConfigError(
-            f"unknown level {level!r}; known: {', '.join((*_PLAIN, *_EITHER))}; and with "
-            f"{IMATRIX} after the name: {', '.join((*_EITHER, *_WEIGHTED))}"
-        )
+    def __enter__(self) -> Maker:
+        return self
 
-    @contextmanager
-    def in_folder(
-        self, folder: Path, calibration: Sequence[NDArray[np.int32]] = ()
-    ) -> Iterator[None]:
-        """Make files in `folder`, leaving none; `calibration` holds windows `[S]` of token ids."""
-        self._folder, self._calibration = folder, calibration
-        try:
-            yield
-        finally:
-            if self._source:
-                self._source.unlink(missing_ok=True)
-            self._folder = self._source = self._imatrix = None
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._source.unlink(missing_ok=True)
 
     @contextmanager
     def make(self, level: str) -> Iterator[Made]:
-        """The checkpoint at `level`, in a file that is removed on leaving; only in `in_folder`.
+        """The checkpoint at `level`, in a file that is removed on leaving.
 
-        Raises ConfigError as `check` does, and for a level with "+imatrix" when there is neither
-        calibration nor file; and what converting, quantizing and loading raise.
+        Raises ConfigError as `check` does, and what converting, quantizing and loading raise.
         """
-        self.check(level)
-        path = self._place(f"{level}.gguf")
+        check(level, self._imatrix is not None or len(self._calibration) > 0)
+        path = self._folder / f"{level}.gguf"
         try:
             yield Made(path, self._make(level, path))
         finally:
@@ -141,38 +147,23 @@ class Maker:
             self._say(f"{level}: converting")
             done = convert(self._checkpoint, path, outtype=cast(OutType, base))
             return _fallbacks(path, [(name, base, "f16") for name in done.fallbacks])
-        weights = self._weights(level) if base != level else None
+        weights = self._weights() if base != level else None
         source = self._converted()
         self._say(f"{level}: quantizing")
         return quantize(source, path, base, weights)
 
-    def _place(self, name: str) -> Path:
-        if self._folder is None:
-            raise RuntimeError("levels are made within in_folder(...)")
-        return self._folder / name
-
     def _converted(self) -> Path:
         """The checkpoint in its own type, for the quantizer."""
-        if self._source is None:
-            path = self._place("source.gguf")
+        if not self._source.exists():
             self._say("converting, for the quantizer")
-            convert(self._checkpoint, path, outtype="auto")
-            self._source = path
+            convert(self._checkpoint, self._source, outtype="auto")
         return self._source
 
-    def _weights(self, level: str) -> Imatrix:
+    def _weights(self) -> Imatrix:
         if self._imatrix is None:
-            if self._imatrix_file:
-                self._imatrix = imatrix.load(self._imatrix_file)
-            elif self._calibration:
-                source, windows = self._converted(), self._calibration
-                self._say(f"importance matrix: {len(windows)} windows in llama.cpp")
-                self._imatrix = imatrix.collect(source, windows, max(map(len, windows)))
-            else:
-                raise ConfigError(
-                    f"level {level!r} needs an importance matrix: give its file or a text to "
-                    "calibrate on"
-                )
+            source, windows = self._converted(), self._calibration
+            self._say(f"importance matrix: {len(windows)} windows in llama.cpp")
+            self._imatrix = imatrix.collect(source, windows, max(map(len, windows)))
         return self._imatrix
 
 

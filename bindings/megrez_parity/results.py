@@ -71,7 +71,7 @@ class LayerRouting:
     first_ties: int  # tokens that first leave the reference here by less than `noise`...
     first_diverged: int  # ... and by more: not what this level's noise explains
     noise: float  # difference of two selection scores that this level's noise can turn round
-    unfaithful: int  # tokens routed otherwise than the reference's router would route the same state
+    unfaithful: int  # tokens that the reference's router routes otherwise, given the same state
     input_nmse: float  # error of the state the router reads: with pre-gate, of the layer before
     own_nmse: float  # error of the state this layer's FFN reads: what it would read without
 

@@ -17,7 +17,7 @@ from megrez_gguf.gguf_file import GGUFFile
 from megrez_parity import imatrix, levels
 from megrez_parity.engine import Engine
 from megrez_parity.imatrix import Imatrix, collect
-from megrez_parity.levels import KNOWN, LEVELS, Made, Maker, level_of, quantize, types_of
+from megrez_parity.levels import KNOWN, LEVELS, Made, Maker, check, level_of, quantize, types_of
 from megrez_parity.results import Fallback
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
@@ -39,8 +39,7 @@ def windows() -> list[NDArray[np.int32]]:
 
 @pytest.fixture
 def maker(tmp_path: Path, windows: list[NDArray[np.int32]]) -> Iterator[Maker]:
-    maker = Maker(POCKET)
-    with maker.in_folder(tmp_path, windows[:3]):
+    with Maker(POCKET, tmp_path, calibration=windows[:3]) as maker:
         yield maker
     assert not list(tmp_path.iterdir())
 
@@ -111,8 +110,7 @@ def test_fallbacks_of_the_pocket_widths(maker: Maker) -> None:
 
 def test_the_converters_fallbacks(tmp_path: Path) -> None:
     make_checkpoint(RANDOM | {"num_hidden_layers": 2, "intermediate_size": 48}, tmp_path / "c")
-    maker = Maker(tmp_path / "c")
-    with maker.in_folder(tmp_path), maker.make("q8_0") as made:
+    with Maker(tmp_path / "c", tmp_path) as maker, maker.make("q8_0") as made:
         size = 48 * 256
         # 16 bits a weight instead of 8.5
         assert made.fallbacks == [
@@ -133,11 +131,10 @@ def test_the_converters_fallbacks(tmp_path: Path) -> None:
     ],
 )
 def test_levels_that_cannot_be_made(level: str, message: str, tmp_path: Path) -> None:
-    maker = Maker(POCKET)
     with pytest.raises(ConfigError, match=message):
-        maker.check(level)
+        check(level)
     with (
-        maker.in_folder(tmp_path),
+        Maker(POCKET, tmp_path) as maker,
         pytest.raises(ConfigError, match=message),
         maker.make(level),
     ):
@@ -149,13 +146,15 @@ def test_every_known_level_passes_the_check() -> None:
     assert set(LEVELS) < set(KNOWN)
     assert len(set(KNOWN)) == len(KNOWN)
     for level in KNOWN:
-        Maker(POCKET).check(level)
+        check(level)
 
 
 def test_nothing_to_calibrate_on(tmp_path: Path) -> None:
-    maker = Maker(POCKET)
-    expected = "level 'q2_k\\+imatrix' needs an importance matrix: give its file or a text"
-    with maker.in_folder(tmp_path), pytest.raises(ConfigError, match=expected):
+    expected = "level 'q2_k\\+imatrix' needs an importance matrix: give its file"
+    with pytest.raises(ConfigError, match=expected):
+        check("q2_k+imatrix", calibrated=False)
+    check("q2_k", calibrated=False)
+    with Maker(POCKET, tmp_path) as maker, pytest.raises(ConfigError, match=expected):
         maker.make("q2_k+imatrix").__enter__()
 
 
@@ -163,8 +162,7 @@ def test_what_levels_share_is_made_once(
     tmp_path: Path, windows: list[NDArray[np.int32]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    maker = Maker(POCKET, said.append)
-    with maker.in_folder(tmp_path, windows):
+    with Maker(POCKET, tmp_path, said.append, windows) as maker:
         for level in ("q4_0", "q4_0+imatrix", "q2_k+imatrix", "f16"):
             with maker.make(level) as made:
                 beside = {path.name for path in tmp_path.iterdir()} - {made.path.name}
@@ -178,8 +176,6 @@ def test_what_levels_share_is_made_once(
         "f16: converting",
     ]
     assert not list(tmp_path.iterdir())
-    with pytest.raises(RuntimeError, match="in_folder"):
-        maker.make("f32").__enter__()
 
 
 @pytest.mark.parametrize("level", ["f32", "q4_0"])
@@ -216,12 +212,13 @@ def test_an_importance_matrix_from_a_file_is_taken(
         return Imatrix(neutral, {})
 
     monkeypatch.setattr(imatrix, "load", load)
-    other = Maker(POCKET, imatrix_file=Path("some.gguf"))
-    (tmp_path / "other").mkdir()
-    with other.in_folder(tmp_path / "other"), other.make("q4_0+imatrix") as made:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = Maker(POCKET, folder, imatrix_file=Path("some.gguf"))
+    with other, other.make("q4_0+imatrix") as made:
         assert made.path.read_bytes() not in (plain_bytes, collected)
     assert read == [Path("some.gguf")]
-    (tmp_path / "other").rmdir()
+    folder.rmdir()
 
 
 @pytest.mark.parametrize("fault", ["absent", "columns", "experts"])
