@@ -1,33 +1,44 @@
-"""Every sabotage of the pocket model is caught, by a figure far beyond the threshold."""
+"""Every sabotage of the pocket model is caught, and traced to what it harmed first."""
 
 from pathlib import Path
 
 import pytest
 
 from megrez_gguf.cli import main
-from sabotage import POCKET, SABOTAGES, Sabotage, harm, judge, pre_gate_off
+from sabotage import POCKET, UNHARMED, harm, judge, named
+from sabotages import SABOTAGES, Sabotage
 
 
-def test_the_unharmed_model_passes() -> None:
-    result = judge(POCKET, Sabotage("none"), [], context=128)
-    assert result.thresholds["nmse"] <= 1e-9
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.mark.parametrize("control", UNHARMED, ids=lambda s: s.level)
+def test_the_unharmed_model_passes(control: Sabotage, cache: Path) -> None:
+    result = judge(POCKET, control, cache=cache)
+    assert result.kind == control.level
     assert not result.misses
+    assert result.trace
+    assert all(point.tolerance is not None for point in result.trace.points)
 
 
-@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda sabotage: sabotage.name)
-def test_caught(sabotage: Sabotage) -> None:
-    result = judge(POCKET, sabotage, [], context=128)
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda s: f"{s.level} {s.name}")
+def test_caught(sabotage: Sabotage, cache: Path) -> None:
+    result = judge(POCKET, sabotage, cache=cache)
     assert result.misses
-    assert result.metrics.nmse > 1e-6
+    assert named(result) == sabotage.first
 
 
 def test_the_command_says_no(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gguf = harm(POCKET, tmp_path, pre_gate_off)
+    (sabotage,) = (s for s in SABOTAGES if s.name == "pre-gate off")
+    gguf = harm(POCKET, tmp_path, sabotage)
     arguments = ["parity", str(POCKET), "--gguf", str(gguf), "--windows", "1", "--ctx", "128"]
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main([*arguments, "--trace"])
     assert stop.value.code == 1
     printed = capsys.readouterr()
     assert "missed" in printed.out
     assert f"error: {gguf}: nmse " in printed.err
-    assert "is above 1e-09" in printed.err
+    assert f"{gguf}: ffn_moe_logits-1 is the first tensor to err by itself" in printed.err
