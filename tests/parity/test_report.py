@@ -181,6 +181,7 @@ def test_pages_are_whole_and_ask_for_nothing(name: str) -> None:
     assert [tag for tag, _ in found.tags if tag in ("html", "head", "body", "main")] == [
         "html", "head", "body", "main",
     ]  # fmt: skip
+    assert not re.search(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", page(ODD[name]))  # HTML has none
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     # Nothing is loaded: links lead to places in the page, and the policy allows no connection.

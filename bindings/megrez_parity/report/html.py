@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
@@ -74,7 +75,7 @@ def render(report: Report) -> str:
 {body}
 </main>
 <script>
-{get_plotlyjs()}
+{_plotly()}
 </script>
 <script>
 {_asset("page.js")}</script>
@@ -167,6 +168,11 @@ def _cells(table: Table, row: Sequence[str]) -> Iterator[str]:
 
 def _align(table: Table, column: int) -> str:
     return ' class="words"' if column in table.left else ""
+
+
+def _plotly() -> str:
+    # HTML may not hold the control characters that some of its string literals do.
+    return re.sub(r"[\x00-\x08\x0e-\x1f]", lambda c: f"\\x{ord(c[0]):02x}", get_plotlyjs())
 
 
 def _inert(text: str) -> str:
