@@ -242,6 +242,7 @@ def test_sections_hold_what_they_promise() -> None:
         assert text in found, text
     for figure in ("overview", "distribution", "routing", "pregate", "depth", "trace"):
         assert f'id="figure-{figure}"' in found
+    assert '<strong class="bad">missed: NaN not ≤ 0.006144</strong>' in page(ODD["lost"])
     # The trace opens at the first level that breaks.
     assert '<option value="3" selected>q8_0</option>' in found
 

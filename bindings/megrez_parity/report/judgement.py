@@ -73,7 +73,8 @@ def gate(report: Report) -> Section:
             return NONE
         value, floor = result.figure(name), name in FLOORS
         held = value >= limit if floor else value <= limit
-        relation = ("≥" if held else "<") if floor else ("≤" if held else ">")
+        # What is not a number is neither more nor less.
+        relation = ("" if held else "not ") + ("≥" if floor else "≤")
         text = f"{number(value, '.5g')} {relation} {limit:g}"
         return text if held else Bad(f"missed: {text}")
 
