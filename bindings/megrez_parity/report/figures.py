@@ -25,6 +25,7 @@ from megrez_parity.report.drawing import (
     safe,
     styles,
 )
+from megrez_parity.report.layers import depth_names
 from megrez_parity.report.words import NONE, labels, number, percent, place
 from megrez_parity.results import LevelResult, Report
 
@@ -272,7 +273,7 @@ def pregate(report: Report, looks: Sequence[Style]) -> go.Figure:
 
 def depth(report: Report, looks: Sequence[Style]) -> go.Figure:
     """NMSE of the hidden states by layer, a line a level."""
-    names = list(dict.fromkeys(name for result in report.levels for name in result.depth))[:2]
+    names = depth_names(report)[:2]
     figure = pair(x="layer", above=f"NMSE of {names[0]}", below=f"NMSE of {names[-1]}")
     for result, style in zip(report.levels, looks, strict=True):
         for i, name in enumerate(names):

@@ -68,7 +68,7 @@ def render(report: Report) -> str:
 <header>
 <h1>{escape(title(report))}</h1>
 <p id="verdict"{missed}>{escape(verdict_line(report))}</p>
-<noscript><p>Figures need JavaScript; tables do not, and report.json has every number.</p></noscript>
+<noscript><p>Figures need JavaScript; tables do not; report.json has every number.</p></noscript>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>

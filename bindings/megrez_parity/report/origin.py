@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from megrez_gguf.encode import F16_LIMIT
 from megrez_parity.report.content import Bad, Section, Table
 from megrez_parity.report.words import NONE, clean, mib, number, percent
 from megrez_parity.results import Report
-
-F16_MAX = 65504.0
 
 
 def fallbacks(report: Report) -> Section:
@@ -67,7 +66,7 @@ def fallbacks(report: Report) -> Section:
 
 def audit(report: Report) -> Section:
     reading = (
-        f"F16 ends at {F16_MAX:,.0f}. The largest magnitude that enters each matrix product in the "
+        f"F16 ends at {F16_LIMIT:,.0f}. The largest magnitude that enters each matrix product in the "
         "reference's pass over these texts, and the weights that F16 would make infinite, zero "
         "or shorter."
     )
@@ -80,14 +79,14 @@ def audit(report: Report) -> Section:
         here = [x for x in audit.activations if (x.name, x.enters) == (name, enters)]
         # What is not a number is never compared away.
         top = max(here, key=lambda x: math.inf if math.isnan(x.max_abs) else x.max_abs)
-        share = percent(top.max_abs / F16_MAX)
+        share = percent(top.max_abs / F16_LIMIT)
         rows.append(
             [
                 clean(name),
                 clean(enters),
                 NONE if top.layer is None else str(top.layer),
                 number(top.max_abs),
-                share if top.max_abs <= F16_MAX else Bad(share),
+                share if top.max_abs <= F16_LIMIT else Bad(share),
             ]
         )
     counts = [
