@@ -10,6 +10,8 @@ from megrez_parity.report.content import Bad, Section, Table
 from megrez_parity.report.words import NONE, clean, mib, number, percent
 from megrez_parity.results import Report
 
+F16_MAX = 65504.0  # what is up to F16_LIMIT still rounds to it
+
 
 def fallbacks(report: Report) -> Section:
     rows, single = [], []
@@ -66,7 +68,7 @@ def fallbacks(report: Report) -> Section:
 
 def audit(report: Report) -> Section:
     reading = (
-        f"F16 ends at {F16_LIMIT:,.0f}. The largest magnitude that enters each matrix product in the "
+        f"F16 ends at {F16_MAX:,.0f}. The largest magnitude that enters each matrix product in the "
         "reference's pass over these texts, and the weights that F16 would make infinite, zero "
         "or shorter."
     )
@@ -79,7 +81,7 @@ def audit(report: Report) -> Section:
         here = [x for x in audit.activations if (x.name, x.enters) == (name, enters)]
         # What is not a number is never compared away.
         top = max(here, key=lambda x: math.inf if math.isnan(x.max_abs) else x.max_abs)
-        share = percent(top.max_abs / F16_LIMIT)
+        share = percent(top.max_abs / F16_MAX)
         rows.append(
             [
                 clean(name),
