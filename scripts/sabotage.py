@@ -27,7 +27,7 @@ from megrez_gguf.errors import MegrezError
 from megrez_parity.harness import measure
 from megrez_parity.levels import Maker
 from megrez_parity.results import LevelResult
-from sabotages import SABOTAGES, File, Model, Sabotage, label
+from sabotages import SABOTAGES, File, Model, Sabotage
 
 POCKET = Path(__file__).resolve().parents[1] / "tests" / "data" / "pocket"
 # What must pass: a file of every level that a sabotage starts from, written anew.
@@ -96,7 +96,7 @@ def judge(
 def named(result: LevelResult) -> str | None:
     """What the trace names, e.g. "ffn_moe_out-4"."""
     point = result.trace.first_beyond if result.trace else None
-    return label(point.name, point.layer) if point else None
+    return str(point) if point else None
 
 
 def row(sabotage: Sabotage, result: LevelResult) -> str:

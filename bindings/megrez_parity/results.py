@@ -14,7 +14,7 @@ from typing import Any
 SCHEMA_VERSION = 1
 
 # Where a figure must not fall; all others must not rise.
-_FLOORS = {"same_top_p", "tokenizer_agreement"}
+FLOORS = {"same_top_p", "tokenizer_agreement"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,10 @@ class TracePoint:
     nmse: float  # against the reference: with all error from the layers before
     local_nmse: float  # against the reference's layer fed with the candidate's own input
     tolerance: float | None  # for `local_nmse`; None where none is known
+
+    def __str__(self) -> str:
+        """As llama.cpp names it; what is outside the layers has no number."""
+        return self.name if self.layer < 0 else f"{self.name}-{self.layer}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +162,14 @@ class LevelResult:
 
     def _misses(self) -> Iterator[str]:
         for name, limit in self.thresholds.items():
-            figure, floor = self.figure(name), name in _FLOORS
+            figure, floor = self.figure(name), name in FLOORS
             if not (figure >= limit if floor else figure <= limit):
                 relation = "below" if floor else "above"
                 yield f"{self.level}: {name} {figure:.6g} is {relation} {limit:g}"
         point = self.trace.first_beyond if self.trace else None
         if point:
             yield (
-                f"{self.level}: {point.name}-{point.layer} is the first tensor to err by itself: "
+                f"{self.level}: {point} is the first tensor to err by itself: "
                 f"local NMSE {point.local_nmse:.3g} is above {point.tolerance:g}"
             )
 
@@ -216,7 +220,7 @@ class Report:
             raw["misses"] = level.misses
             if level.trace:
                 first = level.trace.first_beyond
-                raw["trace"]["first_beyond"] = f"{first.name}-{first.layer}" if first else None
+                raw["trace"]["first_beyond"] = str(first) if first else None
         data |= {"passed": not self.misses, "misses": self.misses}
         finite: dict[str, Any] = _finite(data)
         return finite

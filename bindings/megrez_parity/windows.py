@@ -7,6 +7,7 @@ that carries another tokenizer is fed the same ids, and told apart by `agreement
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ def _default_texts(checkpoint: Path) -> list[Path]:
     folder = checkpoint.resolve()
     for place in (folder, folder.parent):
         if found := sorted(place.glob("heldout/*.txt")):
-            return found
+            # As short as a user would write it: reports show the paths.
+            return [Path(os.path.relpath(path)) for path in found]
     raise ConfigError(
         f"{checkpoint}: no heldout/*.txt in it or next to it; name a text with --text FILE"
     )

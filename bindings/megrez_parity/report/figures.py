@@ -26,7 +26,7 @@ from megrez_parity.report.drawing import (
     styles,
 )
 from megrez_parity.report.layers import depth_names
-from megrez_parity.report.words import NONE, labels, number, percent, place
+from megrez_parity.report.words import NONE, labels, number, percent
 from megrez_parity.results import LevelResult, Report
 
 # Widths of the bars that hold the middle 98%, 80% and 50% of positions.
@@ -302,7 +302,7 @@ def trace(report: Report) -> go.Figure:
                 ticks.setdefault(point.layer, at)
         notes = [
             hover(
-                f"{label}, {place(point)}",
+                f"{label}, {point}",
                 ("NMSE", number(point.nmse)),
                 ("local NMSE", number(point.local_nmse)),
                 ("tolerance", number(point.tolerance)),
@@ -334,7 +334,7 @@ def trace(report: Report) -> go.Figure:
             figure.add_scatter(
                 **common | {"x": [at]},
                 y=height[:1] or positive([first.tolerance or 0.0]),
-                name=f"first beyond: {place(first)}",
+                name=f"first beyond: {first}",
                 mode="markers",
                 marker={"symbol": "circle-open", "size": 16, "color": BAD, "line": {"width": 2.5}},
                 hovertext=notes[at],

@@ -14,11 +14,9 @@ from megrez_parity.report.words import (
     number,
     percent,
     percent_interval,
-    place,
     verdict,
 )
-from megrez_parity.results import _FLOORS as FLOORS
-from megrez_parity.results import Figure, LevelResult, Metrics, Report
+from megrez_parity.results import FLOORS, Figure, LevelResult, Metrics, Report
 
 _INTERVALS = (
     "± is half the width of a 95% interval from resampling blocks of positions: how far the figure "
@@ -82,7 +80,7 @@ def gate(report: Report) -> Section:
         if result.trace is None:
             return NONE
         first = result.trace.first_beyond
-        return Bad(f"missed: {place(first)}") if first else "none beyond"
+        return Bad(f"missed: {first}") if first else "none beyond"
 
     rows = [
         [clean(result.level), *(cell(result, name) for name in names)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from megrez_parity.report.content import Bad, Section, Table, by_layer
-from megrez_parity.report.words import NONE, clean, experts_agree, mean, number, percent, place
+from megrez_parity.report.words import NONE, clean, experts_agree, mean, number, percent
 from megrez_parity.results import LayerRouting, LevelResult, Report
 
 
@@ -162,11 +162,11 @@ def trace(report: Report) -> Section:
         rows.append(
             [
                 clean(result.level),
-                Bad(place(first)) if first else "none",
+                Bad(str(first)) if first else "none",
                 number(first.local_nmse) if first else NONE,
                 number(first.tolerance) if first else NONE,
                 Bad(f"{beyond} of {len(bounded)}") if beyond else f"0 of {len(bounded)}",
-                f"{place(worst)}: {number(worst.local_nmse)}" if worst else NONE,
+                f"{worst}: {number(worst.local_nmse)}" if worst else NONE,
                 number(points[-1].nmse) if points else NONE,
             ]
         )

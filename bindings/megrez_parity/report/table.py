@@ -10,7 +10,7 @@ from rich.text import Text
 
 from megrez_parity.report.content import Bad
 from megrez_parity.report.judgement import glance
-from megrez_parity.report.words import clean, mib, number, place
+from megrez_parity.report.words import clean, mib, number
 from megrez_parity.results import Report
 
 
@@ -71,7 +71,7 @@ def _remarks(report: Report) -> Iterator[str]:
         point = result.trace.first_beyond if result.trace else None
         if point:
             yield (
-                f"Trace: {clean(result.level)}: {place(point)} is the first tensor "
+                f"Trace: {clean(result.level)}: {point} is the first tensor "
                 f"beyond its tolerance: {number(point.local_nmse)} > {number(point.tolerance)}."
             )
     if traced and not any(result.trace and result.trace.first_beyond for result in traced):

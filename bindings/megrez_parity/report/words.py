@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from megrez_parity.results import Figure, LevelResult, TracePoint
+from megrez_parity.results import Figure, LevelResult
 
 NONE = "–"
 # Bits a weight that have a colour of their own; 0 stands for any other.
@@ -72,11 +72,6 @@ def experts_agree(result: LevelResult) -> float | None:
 
 def verdict(result: LevelResult) -> str:
     return "missed" if result.misses else "ok" if result.thresholds else "no threshold"
-
-
-def place(point: TracePoint) -> str:
-    """As llama.cpp names it; what is outside the layers has no number."""
-    return point.name if point.layer < 0 else f"{point.name}-{point.layer}"
 
 
 def labels(levels: Sequence[LevelResult]) -> list[str]:
