@@ -27,7 +27,6 @@ from megrez_parity.engine import Engine
 from megrez_parity.levels import LEVELS, Made, Maker, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, provenance, sha256
 from megrez_parity.results import LevelResult, ReferenceRun, Report
-from megrez_parity.thresholds import Thresholds
 from megrez_parity.windows import Corpus, read_corpus
 from megrez_runtime.patched import ARCH
 
@@ -37,6 +36,7 @@ try:
     from megrez_parity.metrics import Comparison
     from megrez_parity.routing import CAPTURE, Nodes, RoutingComparison, routers
     from megrez_parity.stream import StoredReference, cache_key
+    from megrez_parity.thresholds import Thresholds
 except ImportError as e:
     raise RuntimeUnavailableError(
         f"parity needs torch and safetensors ({e}); pip install 'megrez-gguf[parity]'"
@@ -120,7 +120,8 @@ def measure(
         results = [replace(r, thresholds=bounds.of(r.kind, weights)) for r in results]
         if trace:
             say("tracing, layer by layer")
-            results = judge.traced(results, bounds.local_nmse)
+            tolerances = {r.level: bounds.tolerances(r.kind, weights) for r in results}
+            results = judge.traced(results, tolerances)
         return Report(
             checkpoint=str(checkpoint),
             context=context,
@@ -208,8 +209,7 @@ class _Judge:
     ) -> list[LevelResult]:
         """`results` with their traces; one pass over the reference's layers serves all."""
         windows = [self._corpus.windows[i].tokens for i in self._traced]
-        mine = {result.level: tolerances.get(result.kind, {}) for result in results}
-        traces = tracing.trace(self._config, self._checkpoint, windows, self._nodes, mine)
+        traces = tracing.trace(self._config, self._checkpoint, windows, self._nodes, tolerances)
         return [replace(result, trace=traces[result.level]) for result in results]
 
     def _spill(self, nodes: Nodes, names: Collection[str]) -> Nodes:

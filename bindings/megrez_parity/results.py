@@ -152,6 +152,8 @@ class LevelResult:
         """The figure a threshold of this name bounds."""
         if name == "tokenizer_agreement":
             return self.tokenizer_agreement
+        if name == "unfaithful":
+            return sum(layer.unfaithful for layer in self.routing)
         figure: Figure = getattr(self.metrics, name)
         return figure.value
 

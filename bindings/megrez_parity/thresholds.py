@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import ConfigError
+from megrez_parity import tracing
 from megrez_parity.results import Metrics
 
-# F32 repeats the reference but for the order of its sums; llama.cpp's tokenizer is the same but
-# for code points newer than its tables.
-_ANY_LEVEL = {"tokenizer_agreement": 0.999}
+# A router is F32 at every level and what it reads is known, so no noise excuses it. llama.cpp's
+# tokenizer is the same but for code points newer than its tables. F32 repeats the reference but
+# for the order of its sums.
+_ANY_LEVEL = {"tokenizer_agreement": 0.999, "unfaithful": 0.0}
 _ANY_MODEL = {"f32": {"nmse": 1e-9}}
+_ROUTER = ("ffn_moe_logits", "ffn_moe_probs_biased")
 _NAMES = {*Metrics.__dataclass_fields__, *_ANY_LEVEL} - {"positions"}
 
 
@@ -56,9 +59,18 @@ class Thresholds:
 
     def of(self, level: str, weights_sha256: str) -> dict[str, float]:
         """Bounds for the figures of `level`, of a model with these weights."""
-        mine = self.weights_sha256 in ("", weights_sha256)
+        mine = self._measured_on(weights_sha256)
         measured = self.figures.get(level, {}) if mine else {}
         return {**_ANY_LEVEL, **_ANY_MODEL.get(level, {}), **measured}
+
+    def tolerances(self, level: str, weights_sha256: str) -> dict[str, float]:
+        """Bounds for the local NMSE of traced tensors, likewise."""
+        any_model = dict.fromkeys(tracing.CAPTURE if level == "f32" else _ROUTER, 1e-9)
+        mine = self._measured_on(weights_sha256)
+        return {**any_model, **(self.local_nmse.get(level, {}) if mine else {})}
+
+    def _measured_on(self, weights_sha256: str) -> bool:
+        return self.weights_sha256 in ("", weights_sha256)
 
 
 def _numbers(raw: Any) -> dict[str, float]:

@@ -62,13 +62,16 @@ class Corpus:
     def agreement(self, tokenized: Sequence[Tokens], bos: int | None) -> float:
         """Share of the texts' tokens that another tokenizer gives at the same place too, 0 to 1.
 
-        `tokenized` are its ids of each text, `bos` is what it starts a window with.
+        `tokenized` are its ids of each text, `bos` is what it starts a window with: where that
+        differs no window is the same, and the share 0.
         """
+        if bos != self.bos:
+            return 0.0
         lengths = self._byte_lengths()
         same = total = 0
         for ours, theirs in zip(self.ids, tokenized, strict=True):
-            mine = _placed(ours, lengths, self.bos)
-            same += len(mine & _placed(theirs, lengths, bos))
+            mine = _placed(ours, lengths)
+            same += len(mine & _placed(theirs, lengths))
             total += len(mine)
         return same / total
 
@@ -81,10 +84,10 @@ class Corpus:
         ]
 
 
-def _placed(ids: Tokens, lengths: list[int], bos: int | None) -> set[tuple[int, int]]:
-    """Each token as (byte it starts at, id); what comes before the text is at -1."""
+def _placed(ids: Tokens, lengths: list[int]) -> set[tuple[int, int]]:
+    """Each token as (byte it starts at, id)."""
     starts = accumulate((lengths[i] for i in ids.tolist()), initial=0)
-    return {(-1, -1 if bos is None else bos), *zip(starts, ids.tolist(), strict=False)}
+    return set(zip(starts, ids.tolist(), strict=False))
 
 
 def read_corpus(

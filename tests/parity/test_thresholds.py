@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megrez_gguf.errors import ConfigError
+from megrez_parity import tracing
 from megrez_parity.levels import LEVELS
 from megrez_parity.provenance import checkpoint_sha256
 from megrez_parity.thresholds import Thresholds
@@ -23,20 +24,27 @@ def test_the_committed_ones_are_the_pockets() -> None:
         assert bounds.local_nmse[level]
 
 
+ANY = {"tokenizer_agreement": 0.999, "unfaithful": 0.0}
+ROUTER = {"ffn_moe_logits": 1e-9, "ffn_moe_probs_biased": 1e-9}
+
+
 def test_other_models_are_held_to_what_is_true_of_any() -> None:
     bounds = Thresholds.load()
-    assert bounds.of("q4_0", "another") == {"tokenizer_agreement": 0.999}
-    assert bounds.of("f32", "another") == {"tokenizer_agreement": 0.999, "nmse": 1e-9}
-    assert bounds.of("", "another") == {"tokenizer_agreement": 0.999}
+    assert bounds.of("q4_0", "another") == ANY
+    assert bounds.of("f32", "another") == ANY | {"nmse": 1e-9}
+    assert bounds.of("", "another") == ANY
+    assert bounds.tolerances("q4_0", "another") == bounds.tolerances("", "another") == ROUTER
+    assert bounds.tolerances("f32", "another") == dict.fromkeys(tracing.CAPTURE, 1e-9)
+    assert bounds.tolerances("q4_0", bounds.weights_sha256) == bounds.local_nmse["q4_0"]
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    mine = {"levels": {"q4_0": {"mean_kld": 0.5, "trace": {"l_out": 0.1}}}}
+    mine = {"levels": {"q4_0": {"mean_kld": 0.5, "unfaithful": 3, "trace": {"l_out": 0.1}}}}
     path.write_text(json.dumps(mine), encoding="utf-8")
     bounds = Thresholds.load(path)
-    assert bounds.of("q4_0", "anything") == {"tokenizer_agreement": 0.999, "mean_kld": 0.5}
-    assert bounds.local_nmse["q4_0"] == {"l_out": 0.1}
+    assert bounds.of("q4_0", "anything") == ANY | {"mean_kld": 0.5, "unfaithful": 3.0}
+    assert bounds.tolerances("q4_0", "anything") == ROUTER | {"l_out": 0.1}
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,10 @@ def interval(figure: Figure, unit: str = "") -> str:
     digits = max(1 - math.floor(math.log10(half)), 0) if half else 2
     if digits > 6:
         return f"{value:.6f}{unit} ± {half:.1e}"
-    text = f"{value:.{digits}f}{unit} ± {half:.{digits}f}"
-    return f"({text})e{power:+03d}" if power else text
+    middle, half_width = f"{value:.{digits}f}", f"{half:.{digits}f}"
+    if power:
+        return f"({middle} ± {half_width})e{power:+03d}{unit}"
+    return f"{middle}{unit} ± {half_width}"
 
 
 def percent_interval(figure: Figure) -> str:
