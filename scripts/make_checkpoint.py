@@ -77,6 +77,21 @@ POCKET: dict[str, Any] = FULL | {
     "num_key_value_heads": 2,
     "vocab_size": 2048,
 }
+# The least that has everything, for tests of arithmetic; too small a vocabulary for its tokenizer.
+SMALL: dict[str, Any] = FULL | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 2,
+    "rope_theta": 10000.0,
+    "vocab_size": 300,
+}
 SIZES = {"pocket": POCKET, "full": FULL}
 
 BLOCK = 1 << 22  # elements drawn at a time

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from megrez_gguf.errors import RuntimeUnavailableError
 from megrez_runtime.patched import require_patched
 
-F32, _I32 = 0, 26  # enum ggml_type
-_DTYPES = {F32: np.dtype(np.float32), _I32: np.dtype(np.int32)}
+F32, I32 = 0, 26  # enum ggml_type
+_DTYPES = {F32: np.dtype(np.float32), I32: np.dtype(np.int32)}
 _OBJECT_BYTES = 32  # struct ggml_object, which ggml_tensor_overhead() counts too
 
 
@@ -98,14 +98,14 @@ def check_layout(lib: Any, kind: type[Tensor]) -> None:
     if found == expected:
         context = lib.ggml_init(_InitParams(1 << 16, None, True))
         try:
-            whole = lib.ggml_new_tensor_3d(context, _I32, 7, 5, 3)
+            whole = lib.ggml_new_tensor_3d(context, I32, 7, 5, 3)
             part = lib.ggml_view_2d(context, whole, 4, 3, 140, 8)
             lib.ggml_set_name(part, b"part")
             view = kind.from_address(part)
             name = lib.ggml_op_name(view.op) if 0 <= view.op < 64 else b""
             found = (view.type, *view.ne, *view.nb, name, view.src[0], view.view_src)
             found = (*found, view.view_offs, view.name)
-            expected = (_I32, 4, 3, 1, 1, 4, 140, 420, 420, b"VIEW", whole, whole, 8, b"part")
+            expected = (I32, 4, 3, 1, 1, 4, 140, 420, 420, b"VIEW", whole, whole, 8, b"part")
         finally:
             lib.ggml_free(context)
     if found != expected:

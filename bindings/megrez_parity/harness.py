@@ -108,7 +108,7 @@ def measure(
         reference.run()
         judge = _Judge(config, checkpoint, corpus, reference, scratch, trace)
         results = []
-        for file in files:
+        for file in dict.fromkeys(files):
             say(f"{file}: {len(tokens)} windows in llama.cpp")
             results.append(judge.level(str(file), level_of(file), Made(file, []), 0.0))
         for level in dict.fromkeys(levels):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -12,28 +11,9 @@ import pytest
 from llama import nmse, opened
 from samples import TOKENS, Sample
 
+from megrez_parity import ggml
 
-class Header(ctypes.Structure):
-    """The beginning of ggml_tensor."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-
-F32, I32 = 0, 26
-KEPT = {"ffn_moe_topk": "<i4", "ffn_moe_logits": "<f4", "ffn_moe_weights_norm": "<f4"}
+KEPT = {"ffn_moe_topk", "ffn_moe_logits", "ffn_moe_weights_norm"}
 
 
 def watch(model: Sample) -> tuple[list[str], dict[str, np.ndarray], dict[str, int]]:
@@ -46,20 +26,12 @@ def watch(model: Sample) -> tuple[list[str], dict[str, np.ndarray], dict[str, in
     def callback(tensor: int, ask: bool, _: Any) -> bool:
         if ask:
             return True
-        node = Header.from_address(tensor)
+        node = ggml.Tensor.from_address(tensor)
         name = node.name.decode()
         order.append(name)
         types[name] = node.type
-        if (dtype := KEPT.get(name.rsplit("-", 1)[0])) and name not in values:
-            width, rows = node.ne[0], node.ne[1] * node.ne[2]
-            values[name] = np.stack(
-                [
-                    np.frombuffer(
-                        ctypes.string_at(node.data + row * node.nb[1], width * 4), dtype
-                    ).copy()
-                    for row in range(rows)
-                ]
-            )
+        if name.rsplit("-", 1)[0] in KEPT and name not in values:
+            values[name] = np.array(ggml.read(node)).reshape(-1, node.ne[0])
         return True
 
     with opened(model.gguf, cb_eval=callback) as context:
@@ -115,8 +87,8 @@ def check_values(model: Sample, values: dict[str, np.ndarray], types: dict[str, 
     model.reference(trace=lambda n, i, t: expected.update({f"{n}-{i}": t[0].numpy()}))
     used = model.config.num_experts_per_tok
     for layer in model.config.moe_layers:
-        assert types[f"ffn_moe_logits-{layer}"] == types[f"ffn_moe_probs-{layer}"] == F32
-        assert types[f"ffn_moe_topk-{layer}"] == I32
+        assert types[f"ffn_moe_logits-{layer}"] == types[f"ffn_moe_probs-{layer}"] == ggml.F32
+        assert types[f"ffn_moe_topk-{layer}"] == ggml.I32
         assert nmse(expected[f"ffn_moe_logits-{layer}"], values[f"ffn_moe_logits-{layer}"]) < 1e-10
         ids, found = expected[f"ffn_moe_topk-{layer}"], values[f"ffn_moe_topk-{layer}"]
         assert np.array_equal(np.sort(ids), np.sort(found))

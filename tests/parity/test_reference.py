@@ -10,26 +10,12 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from make_checkpoint import FULL, make_checkpoint
+from make_checkpoint import SMALL, make_checkpoint
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import CheckpointError
 from megrez_parity import reference
 from megrez_parity.reference import CheckpointWeights, forward, limit_groups, rotary, route
 
-SMALL: dict[str, Any] = FULL | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "max_position_embeddings": 256,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 3,
-    "num_hidden_layers": 7,
-    "num_key_value_heads": 2,
-    "rope_theta": 10000.0,
-    "vocab_size": 300,
-}
 LIKE_GLM = SMALL | {"experts_shared_frequency": 1, "pre_gate": False, "num_hidden_layers": 4}
 
 

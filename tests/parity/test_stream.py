@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from make_checkpoint import FULL, make_checkpoint
+from make_checkpoint import SMALL, make_checkpoint
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import CheckpointError, MegrezError, OutputError
 from megrez_parity import reference, stream
@@ -26,20 +26,7 @@ from megrez_parity.stream import StoredReference, cache_key
 from odd_configs import BASE, random_case
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
-SMALL: dict[str, Any] = FULL | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "max_position_embeddings": 256,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 3,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 2,
-    "rope_theta": 10000.0,
-    "vocab_size": 300,
-}
+CONFIG: dict[str, Any] = SMALL | {"num_hidden_layers": 5}
 STAGES = [f"layer-{i:02}" for i in range(5)] + ["head"]
 
 
@@ -65,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    return make_checkpoint(SMALL, tmp_path / "small", shard_bytes=200_000)
+    return make_checkpoint(CONFIG, tmp_path / "small", shard_bytes=200_000)
 
 
 @pytest.fixture
@@ -346,7 +333,7 @@ def test_a_full_disk_is_reported_and_no_loss(
 
 
 def test_a_missing_tensor_is_named(small: Path, tmp_path: Path) -> None:
-    raw = SMALL | {"experts_shared_frequency": 2}
+    raw = CONFIG | {"experts_shared_frequency": 2}
     (small / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.3\.mlp\.experts\.\d"):
         stored(small, tmp_path / "cache").run()
@@ -384,7 +371,7 @@ def test_windows_of_one_length(lengths: tuple[int, ...], small: Path, tmp_path: 
 
 def test_memory_is_one_pool(tmp_path: Path) -> None:
     """Six pools of 50 MB and 50 MB of embeddings are read; no two may be resident at a time."""
-    wide = SMALL | {
+    wide = CONFIG | {
         "experts_shared_frequency": 1,
         "hidden_size": 512,
         "moe_intermediate_size": 512,

@@ -11,27 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from make_checkpoint import FULL, make_checkpoint
+from make_checkpoint import SMALL, make_checkpoint
 from megrez_gguf.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, forward
 
 Weights = Mapping[str, Tensor]
 Nodes = dict[tuple[str, int], NDArray[Any]]
 
-SMALL: dict[str, Any] = FULL | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "max_position_embeddings": 256,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 3,
-    "num_hidden_layers": 6,
-    "num_key_value_heads": 2,
-    "rope_theta": 10000.0,
-    "vocab_size": 300,
-}
+CONFIG: dict[str, Any] = SMALL | {"num_hidden_layers": 6}
 GROUPS = {"n_group": 4, "topk_group": 2}
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -59,7 +46,7 @@ WINDOWS = [
 
 def model(changes: dict[str, Any], folder: Path) -> tuple[ModelConfig, Path, dict[str, Tensor]]:
     """A random checkpoint, its folder, and its weights in float64."""
-    raw = SMALL | changes
+    raw = CONFIG | changes
     make_checkpoint(raw, folder / "checkpoint")
     weights = dict(CheckpointWeights(folder / "checkpoint", torch.float64))
     return ModelConfig.from_dict(raw), folder / "checkpoint", weights
