@@ -101,14 +101,50 @@ def test_a_download_with_another_hash_is_refused(
         assert part in str(error.value)
 
 
-def test_archive_members_cannot_leave_the_folder(tmp_path: Path) -> None:
+def evil(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    member.size = 4 if kind == tarfile.REGTYPE else 0
+    return member
+
+
+@pytest.mark.parametrize("filters", [True, False], ids=["3.11.4", "3.11.2"])
+@pytest.mark.parametrize(
+    "member",
+    [
+        evil("top/../../outside.txt"),
+        evil("top//outside.txt/../../../outside.txt"),
+        evil("top/link", tarfile.SYMTYPE, "../../outside.txt"),
+        evil("top/link", tarfile.LNKTYPE, "top/../../outside.txt"),
+        evil("top/device", tarfile.FIFOTYPE),
+    ],
+    ids=lambda member: f"{member.name} {member.linkname}",
+)
+def test_archive_members_cannot_leave_the_folder(
+    member: tarfile.TarInfo, filters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filters:
+        monkeypatch.delattr(tarfile, "data_filter")
     with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as archive:
-        member = tarfile.TarInfo("top/../../outside.txt")
-        member.size = 4
-        archive.addfile(member, io.BytesIO(b"evil"))
+        archive.addfile(member, io.BytesIO(b"evil") if member.size else None)
     with pytest.raises(source.SourceError, match="cannot be unpacked"):
         source.unpack(tmp_path / "evil.tar.gz", tmp_path / "in" / "folder")
-    assert not list(tmp_path.rglob("outside.txt"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["evil.tar.gz", "in", "folder"]
+
+
+@pytest.mark.parametrize("filters", [True, False], ids=["3.11.4", "3.11.2"])
+def test_links_within_the_archive_are_kept(
+    filters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filters:
+        monkeypatch.delattr(tarfile, "data_filter")
+    with tarfile.open(tmp_path / "good.tar.gz", "w:gz") as archive:
+        archive.addfile(evil("top/a/file"), io.BytesIO(b"good"))
+        archive.addfile(evil("top/b/link", tarfile.SYMTYPE, "../a/file"))
+        archive.addfile(evil("top/hard", tarfile.LNKTYPE, "top/a/file"))
+    source.unpack(tmp_path / "good.tar.gz", tmp_path / "tree")
+    for name in ("a/file", "b/link", "hard"):
+        assert (tmp_path / "tree" / name).read_bytes() == b"good"
 
 
 def conflicts(mini: Mini) -> list[source.Conflict]:

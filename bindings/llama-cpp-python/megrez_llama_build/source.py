@@ -201,12 +201,8 @@ def _download(pin: Pin, allow_any_hash: bool) -> Path:
 def unpack(sdist: Path, dest: Path, only: Collection[str] | None = None) -> None:
     """Unpack `sdist` into `dest` without its top folder; `only` limits it to those files.
 
-    Members that would land outside `dest` are refused (tarfile's data filter).
+    Members that would land outside `dest` are refused.
     """
-    if not hasattr(tarfile, "data_filter"):
-        raise SourceError(
-            f"Python {sys.version.split()[0]} unpacks unsafely; use a newer patch level."
-        )
     dest.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(sdist) as archive:
@@ -215,9 +211,26 @@ def unpack(sdist: Path, dest: Path, only: Collection[str] | None = None) -> None
                 if member.islnk():
                     member.linkname = member.linkname.partition("/")[2]
                 if member.name and (only is None or member.name in only):
-                    archive.extract(member, dest, filter="data")
+                    _extract(archive, member, dest)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise SourceError(f"{sdist}: cannot be unpacked: {error}") from error
+
+
+def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, dest: Path) -> None:
+    if hasattr(tarfile, "data_filter"):
+        archive.extract(member, dest, filter="data")
+        return
+    # Debian 12's Python, 3.11.2, has no filters.
+    root = dest.resolve()
+    lands = [root / member.name]
+    if member.issym():
+        lands.append(lands[0].parent / member.linkname)
+    elif member.islnk():
+        lands.append(root / member.linkname)
+    inside = all(Path(os.path.normpath(place)).is_relative_to(root) for place in lands)
+    if not inside or not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
+        raise tarfile.TarError(f"{member.name!r} would land outside the folder or is no file")
+    archive.extract(member, dest)
 
 
 # -- apply ------------------------------------------------------------------------------------
