@@ -7,13 +7,13 @@ It keeps them in 16 bits, a step of 16/65535 of a nat, and drops what is rarer t
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from native_tools import run_native
 from numpy.typing import NDArray
 
 from megrez_gguf import convert
@@ -27,9 +27,7 @@ from megrez_parity.windows import Window, read_corpus
 
 pytestmark = pytest.mark.slow
 
-REPO = Path(__file__).parents[2]
-TOOL = REPO / "build" / "native" / "bin" / "llama-perplexity"
-POCKET = REPO / "tests" / "data" / "pocket"
+POCKET = Path(__file__).parents[1] / "data" / "pocket"
 CONTEXT, WINDOWS = 256, 3  # of each of the four texts: 1524 positions
 FIRST = CONTEXT // 2
 STEP = 16 / 65535  # between two log-probabilities of the file
@@ -103,8 +101,6 @@ def both(
     request: pytest.FixtureRequest, base: Base, tmp_path_factory: pytest.TempPathFactory
 ) -> Both:
     """Our figures and percentiles of one level, and the tool's: value and "±" by name."""
-    if not TOOL.exists():
-        pytest.fail(f"no {TOOL.relative_to(REPO)}: run scripts/build_native")
     folder = tmp_path_factory.mktemp("level")
     source, model = folder / "source.gguf", folder / f"{request.param}.gguf"
     convert(POCKET, source, outtype="f32")
@@ -120,15 +116,14 @@ def both(
 
 def run_tool(model: Path, file: Path) -> str:
     """What it prints. Its log is written by a thread it does not wait for, so its end may lack."""
-    command = [TOOL, "-m", model, "--kl-divergence", "--kl-divergence-base", file]
-    command += ["-c", CONTEXT, "-b", CONTEXT, "-ub", CONTEXT, "-ctk", "f32", "-ctv", "f32"]
-    command += ["-fa", "off", "--device", "none", "-fit", "off"]
+    arguments = ["-m", model, "--kl-divergence", "--kl-divergence-base", file]
+    arguments += ["-c", CONTEXT, "-b", CONTEXT, "-ub", CONTEXT, "-ctk", "f32", "-ctv", "f32"]
+    arguments += ["-fa", "off", "--device", "none", "-fit", "off"]
     for _ in range(10):
-        run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-        if run.returncode or "Same top p:" in run.stdout:
-            break
-    assert "Same top p:" in run.stdout, run.stderr
-    return run.stdout
+        output = run_native("llama-perplexity", *arguments)
+        if "Same top p:" in output:
+            return output
+    pytest.fail(f"llama-perplexity stops early:\n{output[-2000:]}", pytrace=False)
 
 
 def read(output: str) -> dict[str, tuple[float, float]]:
