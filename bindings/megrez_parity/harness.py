@@ -27,6 +27,7 @@ from megrez_parity.engine import Engine
 from megrez_parity.levels import LEVELS, Made, Maker, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, provenance, sha256
 from megrez_parity.results import LevelResult, ReferenceRun, Report
+from megrez_parity.thresholds import Thresholds
 from megrez_parity.windows import Corpus, read_corpus
 from megrez_runtime.patched import ARCH
 
@@ -36,7 +37,6 @@ try:
     from megrez_parity.metrics import Comparison
     from megrez_parity.routing import CAPTURE, Nodes, RoutingComparison, routers
     from megrez_parity.stream import StoredReference, cache_key
-    from megrez_parity.thresholds import Thresholds
 except ImportError as e:
     raise RuntimeUnavailableError(
         f"parity needs torch and safetensors ({e}); pip install 'megrez-gguf[parity]'"

@@ -16,6 +16,22 @@ SCHEMA_VERSION = 1
 # Where a figure must not fall; all others must not rise.
 FLOORS = {"same_top_p", "tokenizer_agreement"}
 
+# The tensors of a trace, under llama.cpp's names; those outside layers are of layer -1.
+TRACED = (
+    "embd",
+    "kqv_out",
+    "ffn_inp",
+    "ffn_norm",
+    "ffn_moe_logits",
+    "ffn_moe_probs_biased",
+    "ffn_moe_out",
+    "ffn_shexp",
+    "ffn_out",
+    "l_out",
+    "result_norm",
+    "result_output",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -80,7 +96,7 @@ class LayerRouting:
 class TracePoint:
     """One tensor of one layer, compared over the traced windows."""
 
-    name: str  # llama.cpp's: ffn_inp, ffn_norm, ffn_moe_logits, ffn_moe_out, ffn_shexp, ...
+    name: str  # one of TRACED
     layer: int
     nmse: float  # against the reference: with all error from the layers before
     local_nmse: float  # against the reference's layer fed with the candidate's own input

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import ConfigError
-from megrez_parity import tracing
-from megrez_parity.results import Metrics
+from megrez_parity.results import TRACED, Metrics
 
 # A router is F32 at every level and what it reads is known, so no noise excuses it. llama.cpp's
 # tokenizer is the same but for code points newer than its tables. F32 repeats the reference but
@@ -65,7 +64,7 @@ class Thresholds:
 
     def tolerances(self, level: str, weights_sha256: str) -> dict[str, float]:
         """Bounds for the local NMSE of traced tensors, likewise."""
-        any_model = dict.fromkeys(tracing.CAPTURE if level == "f32" else _ROUTER, 1e-9)
+        any_model = dict.fromkeys(TRACED if level == "f32" else _ROUTER, 1e-9)
         mine = self._measured_on(weights_sha256)
         return {**any_model, **(self.local_nmse.get(level, {}) if mine else {})}
 

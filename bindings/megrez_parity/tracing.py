@@ -19,25 +19,12 @@ from torch import Tensor
 
 from megrez_gguf.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, Weights, block, embed, head, rotary
-from megrez_parity.results import Trace, TracePoint
+from megrez_parity.results import TRACED, Trace, TracePoint
 from megrez_parity.routing import Nmse, Nodes, captured
 from megrez_parity.stream import DOUBLE_LIMIT
 
-# What `Engine.run` has to capture, under llama.cpp's names; tensors outside layers are of layer -1.
-CAPTURE = (
-    "embd",
-    "kqv_out",
-    "ffn_inp",
-    "ffn_norm",
-    "ffn_moe_logits",
-    "ffn_moe_probs_biased",
-    "ffn_moe_out",
-    "ffn_shexp",
-    "ffn_out",
-    "l_out",
-    "result_norm",
-    "result_output",
-)
+# What `Engine.run` has to capture.
+CAPTURE = TRACED
 
 
 @torch.no_grad()
