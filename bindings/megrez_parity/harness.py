@@ -7,10 +7,11 @@ by window (`metrics`, `routing`). Tensors for a trace wait on disk until all lev
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from megrez_gguf import layout, metadata
 from megrez_gguf.checkpoint import Checkpoint
 from megrez_gguf.config import ModelConfig
-from megrez_gguf.errors import ConfigError, GGUFError, RuntimeUnavailableError
+from megrez_gguf.errors import ConfigError, GGUFError, OutputError, RuntimeUnavailableError
 from megrez_gguf.gguf_file import GGUFFile
 from megrez_gguf.tokenizer import UNUSED, Vocabulary
 from megrez_parity.engine import Engine
@@ -95,13 +96,12 @@ def measure(
     weights = checkpoint_sha256(checkpoint)
     tokens = [window.tokens for window in corpus.windows]
     calibration = [window.tokens for window in corpus.calibration]
+    large = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) >= _KEEP_BYTES
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megrez-parity-")))
+        scratch = stack.enter_context(_scratch(large))
         if cache is None:
             key = cache_key(config, checkpoint, tokens, weights)
-            keep = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-            base = cache_folder() / "parity" if keep >= _KEEP_BYTES else scratch / "reference"
-            cache = base / key
+            cache = (cache_folder() / "parity" if large else scratch / "reference") / key
         # Before the reference: an importance matrix that cannot be read is told at once.
         maker = stack.enter_context(Maker(checkpoint, scratch, say, calibration, imatrix))
         reference = StoredReference(config, checkpoint, tokens, cache, weights, say)
@@ -137,6 +137,20 @@ def measure(
             provenance=provenance(weights, command),
             levels=results,
         )
+
+
+@contextmanager
+def _scratch(large: bool) -> Iterator[Path]:
+    """A temporary folder; for what is `large`, not in /tmp, which may be memory."""
+    place = None
+    if large and "TMPDIR" not in os.environ:
+        place = cache_folder() / "parity"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OutputError(f"{place}: cannot be made: {e.strerror}; set TMPDIR") from None
+    with tempfile.TemporaryDirectory(prefix="megrez-parity-", dir=place) as folder:
+        yield Path(folder)
 
 
 class _Judge:

@@ -117,7 +117,8 @@ class Trace:
     def first_beyond(self) -> TracePoint | None:
         """The first tensor whose own error is beyond its tolerance; NaN always is."""
         for point in self.points:
-            if point.tolerance is not None and not point.local_nmse <= point.tolerance:
+            limit = math.inf if point.tolerance is None else point.tolerance
+            if not point.local_nmse <= limit:
                 return point
         return None
 
@@ -175,10 +176,12 @@ class LevelResult:
 
     @property
     def misses(self) -> list[str]:
-        """One sentence for every figure beyond its threshold; NaN always is."""
+        """One sentence for every figure beyond its threshold; NaN always is, even without one."""
         return list(self._misses())
 
     def _misses(self) -> Iterator[str]:
+        if not math.isfinite(self.metrics.nmse.value):
+            yield f"{self.level}: it computes logits that are not finite"
         for name, limit in self.thresholds.items():
             figure, floor = self.figure(name), name in FLOORS
             if not (figure >= limit if floor else figure <= limit):
@@ -186,9 +189,10 @@ class LevelResult:
                 yield f"{self.level}: {name} {figure:.6g} is {relation} {limit:g}"
         point = self.trace.first_beyond if self.trace else None
         if point:
+            above = "" if point.tolerance is None else f" is above {point.tolerance:g}"
             yield (
                 f"{self.level}: {point} is the first tensor to err by itself: "
-                f"local NMSE {point.local_nmse:.3g} is above {point.tolerance:g}"
+                f"local NMSE {point.local_nmse:.3g}{above}"
             )
 
 

@@ -3,9 +3,11 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +15,7 @@ from make_checkpoint import POCKET, make_checkpoint
 from megrez_gguf import convert
 from megrez_gguf.cli import main
 from megrez_gguf.errors import RuntimeUnavailableError
+from megrez_gguf.gguf_file import GGUFFile
 from megrez_parity import harness
 from megrez_parity.engine import Engine
 from megrez_parity.harness import measure
@@ -131,10 +134,22 @@ def test_large_checkpoints_keep_their_reference(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr(harness, "_KEEP_BYTES", 1)
+    opened: list[Path] = []
+    original = Engine.__init__
+
+    def watched(self: Engine, path: Path, context: int) -> None:
+        opened.append(path)
+        original(self, path, context)
+
+    monkeypatch.setattr(Engine, "__init__", watched)
     for cached in (False, True):
         report = measure(checkpoint, ["f32"], context=64, windows=1)
         assert report.reference.cached == cached
+        # Not where memory may be the disk.
+        assert opened[-1].parents[1] == tmp_path / "cache/megrez-gguf/parity"
+        assert not opened[-1].parent.exists()
         assert Path(report.reference.cache).parent == tmp_path / "cache/megrez-gguf/parity"
     other = measure(checkpoint, ["f32"], context=32, windows=1)
     assert other.reference.cache != report.reference.cache
@@ -215,7 +230,10 @@ def test_nan_misses() -> None:
         thresholds={"nmse": 1e-9, "same_top_p": 0.9},
         seconds={},
     )
-    assert len(result.misses) == 3
+    assert len(result.misses) == 4
+    assert replace(result, thresholds={}, trace=None).misses == [
+        "f32: it computes logits that are not finite"
+    ]
 
 
 def test_an_existing_file(
@@ -230,6 +248,35 @@ def test_an_existing_file(
     assert level["kind"] == "f32"
     assert level["thresholds"]["nmse"] == 1e-9
     assert gguf.exists()
+
+
+@pytest.mark.parametrize(
+    ("level", "complaint"),
+    [
+        ("bf16", "it computes logits that are not finite"),
+        # llama.cpp rounds NaN to a number where it quantizes activations.
+        ("q8_0", "result_norm is the first tensor to err by itself: local NMSE nan"),
+    ],
+)
+def test_a_file_that_computes_nonsense(
+    level: Literal["bf16", "q8_0"],
+    complaint: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is not a number misses, also at a level without thresholds."""
+    gguf = tmp_path / "mine.gguf"
+    convert(checkpoint, gguf, outtype=level)
+    (norm,) = (t for t in GGUFFile.open(gguf).tensors if t.name == "output_norm.weight")
+    with gguf.open("r+b") as file:
+        file.seek(norm.begin)
+        file.write(np.float32("nan").tobytes())
+    command = ("parity", checkpoint, "--gguf", gguf, "--ctx", 64, "--windows", 1)
+    assert run(*command, "--trace", "--report", tmp_path / "report") == 1
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert "missed" in printed.out
 
 
 def test_a_file_without_our_keys(

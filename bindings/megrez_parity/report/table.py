@@ -70,9 +70,10 @@ def _remarks(report: Report) -> Iterator[str]:
     for result in traced:
         point = result.trace.first_beyond if result.trace else None
         if point:
+            above = "" if point.tolerance is None else f" > {number(point.tolerance)}"
             yield (
                 f"Trace: {clean(result.level)}: {point} is the first tensor "
-                f"beyond its tolerance: {number(point.local_nmse)} > {number(point.tolerance)}."
+                f"beyond its tolerance: {number(point.local_nmse)}{above}."
             )
     if traced and not any(result.trace and result.trace.first_beyond for result in traced):
         yield f"Trace: no tensor beyond its tolerance, {len(traced)} levels."
