@@ -60,7 +60,8 @@ class Thresholds:
         """Bounds for the figures of `level`, of a model with these weights."""
         mine = self._measured_on(weights_sha256)
         measured = self.figures.get(level, {}) if mine else {}
-        return {**_ANY_LEVEL, **_ANY_MODEL.get(level, {}), **measured}
+        bounds = {**_ANY_MODEL.get(level, {}), **measured}
+        return bounds | _ANY_LEVEL | bounds  # in this order, and the level's own prevail
 
     def tolerances(self, level: str, weights_sha256: str) -> dict[str, float]:
         """Bounds for the local NMSE of traced tensors, likewise."""

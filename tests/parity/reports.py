@@ -173,7 +173,7 @@ def report(
         ),
         provenance={
             "command": "megrez-gguf parity models/Megrez2-3x7B-A3B --trace --report out",
-            "llama_cpp": "0.3.36+megrez.1",
+            "llama_cpp": "9.9.9+megrez.1",
             "torch": "2.13.0",
             "machine": "Linux x86_64, some CPU with a long name @ 2.10GHz",
             "weights_sha256": "cd" * 32,
