@@ -147,7 +147,7 @@ def parity(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
     levels: Annotated[
         str | None,
-        typer.Option(help="Comma-separated, e.g. q8_0,q4_k_m+imatrix.  [default: 20]"),
+        typer.Option(help="Comma-separated, e.g. q8_0,q4_k_m+imatrix.  [default: the usual 20]"),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
