@@ -102,6 +102,12 @@ class TracePoint:
     local_nmse: float  # against the reference's layer fed with the candidate's own input
     tolerance: float | None  # for `local_nmse`; None where none is known
 
+    @property
+    def is_beyond(self) -> bool:
+        """Whether its own error is beyond its tolerance; NaN always is."""
+        limit = math.inf if self.tolerance is None else self.tolerance
+        return not self.local_nmse <= limit
+
     def __str__(self) -> str:
         """As llama.cpp names it; what is outside the layers has no number."""
         return self.name if self.layer < 0 else f"{self.name}-{self.layer}"
@@ -115,12 +121,8 @@ class Trace:
 
     @property
     def first_beyond(self) -> TracePoint | None:
-        """The first tensor whose own error is beyond its tolerance; NaN always is."""
-        for point in self.points:
-            limit = math.inf if point.tolerance is None else point.tolerance
-            if not point.local_nmse <= limit:
-                return point
-        return None
+        """The first tensor whose own error is beyond its tolerance."""
+        return next((point for point in self.points if point.is_beyond), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ class LevelResult:
         figure: Figure = getattr(self.metrics, name)
         return figure.value
 
+    def holds(self, name: str) -> bool:
+        """Whether that figure meets its threshold; NaN never does."""
+        figure, limit = self.figure(name), self.thresholds[name]
+        return figure >= limit if name in FLOORS else figure <= limit
+
     @property
     def misses(self) -> list[str]:
         """One sentence for every figure beyond its threshold; NaN always is, even without one."""
@@ -183,10 +190,9 @@ class LevelResult:
         if not math.isfinite(self.metrics.nmse.value):
             yield f"{self.level}: it computes logits that are not finite"
         for name, limit in self.thresholds.items():
-            figure, floor = self.figure(name), name in FLOORS
-            if not (figure >= limit if floor else figure <= limit):
-                relation = "below" if floor else "above"
-                yield f"{self.level}: {name} {figure:.6g} is {relation} {limit:g}"
+            if not self.holds(name):
+                relation = "below" if name in FLOORS else "above"
+                yield f"{self.level}: {name} {self.figure(name):.6g} is {relation} {limit:g}"
         point = self.trace.first_beyond if self.trace else None
         if point:
             above = "" if point.tolerance is None else f" is above {point.tolerance:g}"

@@ -69,11 +69,10 @@ def gate(report: Report) -> Section:
         limit = result.thresholds.get(name)
         if limit is None:
             return NONE
-        value, floor = result.figure(name), name in FLOORS
-        held = value >= limit if floor else value <= limit
+        held = result.holds(name)
         # What is not a number is neither more nor less.
-        relation = ("" if held else "not ") + ("≥" if floor else "≤")
-        text = f"{number(value, '.5g')} {relation} {limit:g}"
+        relation = ("" if held else "not ") + ("≥" if name in FLOORS else "≤")
+        text = f"{number(result.figure(name), '.5g')} {relation} {limit:g}"
         return text if held else Bad(f"missed: {text}")
 
     def trace(result: LevelResult) -> str:

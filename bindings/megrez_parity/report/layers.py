@@ -157,8 +157,7 @@ def trace(report: Report) -> Section:
         known = [x for x in points if math.isfinite(x.local_nmse)]
         worst = max(known, key=lambda x: x.local_nmse, default=None)
         bounded = [x for x in points if x.tolerance is not None]
-        # Not `>`: what is not a number is beyond any tolerance.
-        beyond = sum(not x.local_nmse <= x.tolerance for x in bounded if x.tolerance is not None)
+        beyond = sum(x.is_beyond for x in bounded)
         rows.append(
             [
                 clean(result.level),
