@@ -67,6 +67,11 @@ _ENTERING = {
 _MANIFEST, _LOCK, _PARTIAL = "manifest.json", "lock", ".partial"
 
 
+def precision(weights: CheckpointWeights) -> torch.dtype:
+    """What the reference computes `weights` in: float64 up to DOUBLE_LIMIT, beyond it float32."""
+    return torch.float64 if weights.parameters <= DOUBLE_LIMIT else torch.float32
+
+
 def cache_key(
     config: ModelConfig,
     checkpoint: Path,
@@ -324,7 +329,7 @@ def _key(
         "configuration": _short(repr(sorted(asdict(config).items())).encode()),
         "context": len(windows[0]),
         "text": _short(tokens),
-        "dtype": "float64" if weights.parameters <= DOUBLE_LIMIT else "float32",
+        "dtype": str(precision(weights)).removeprefix("torch."),
         "code": _short(code),
         "torch": torch.__version__,
     }

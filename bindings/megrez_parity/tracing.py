@@ -21,7 +21,7 @@ from megrez_gguf.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, Weights, block, embed, head, rotary
 from megrez_parity.results import TRACED, Trace, TracePoint
 from megrez_parity.routing import Nmse, Nodes, captured
-from megrez_parity.stream import DOUBLE_LIMIT
+from megrez_parity.stream import precision
 
 # What `Engine.run` has to capture.
 CAPTURE = TRACED
@@ -49,7 +49,7 @@ def trace(
     """
     stored = CheckpointWeights(checkpoint)
     weights: Weights = stored  # upcast at each use
-    if stored.parameters <= DOUBLE_LIMIT:
+    if precision(stored) == torch.float64:
         weights = dict(CheckpointWeights(checkpoint, torch.float64))
     found = {name: _Candidate(config, nodes) for name, nodes in candidates.items()}
     x = embed(weights, torch.from_numpy(np.stack(windows)).long())  # [W, S, D]
