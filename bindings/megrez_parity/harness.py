@@ -86,7 +86,8 @@ def measure(
         raise ConfigError(f"{windows} windows of {context} tokens: expected at least 1 of 4")
     bounds = Thresholds.load(thresholds)
     config = ModelConfig.from_folder(checkpoint)
-    layout.plan(config, Checkpoint.open(checkpoint))  # every tensor is there, in its shape
+    source = Checkpoint.open(checkpoint)
+    layout.plan(config, source)  # every tensor is there, in its shape
     corpus = read_corpus(checkpoint, config, texts, context, windows)
     for level in levels:
         check(level, calibrated=bool(imatrix or corpus.calibration))
@@ -96,7 +97,7 @@ def measure(
     weights = checkpoint_sha256(checkpoint)
     tokens = [window.tokens for window in corpus.windows]
     calibration = [window.tokens for window in corpus.calibration]
-    large = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) >= _KEEP_BYTES
+    large = sum(shard.size for shard in source.shards) >= _KEEP_BYTES
     with ExitStack() as stack:
         scratch = stack.enter_context(_scratch(large))
         if cache is None:
