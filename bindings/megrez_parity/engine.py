@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megrez_gguf.errors import GGUFError
+from megrez_gguf.logs import log
+from megrez_gguf.machine import available_cpus
+from megrez_gguf.patched import require_patched
 from megrez_parity.ggml import Tensor, library, read
-from megrez_runtime.logs import log
-from megrez_runtime.model import available_cpus
-from megrez_runtime.patched import require_patched
 
 Watch = Callable[[Tensor, bool], bool]
 """Called for each node of the graph: before it is computed with True, to say whether to stop at

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megrez_gguf.errors import RuntimeUnavailableError
-from megrez_runtime.patched import require_patched
+from megrez_gguf.patched import require_patched
 
 F32, I32 = 0, 26  # enum ggml_type
 _DTYPES = {F32: np.dtype(np.float32), I32: np.dtype(np.int32)}

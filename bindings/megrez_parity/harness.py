@@ -23,6 +23,7 @@ from megrez_gguf.checkpoint import Checkpoint
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError, RuntimeUnavailableError
 from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.patched import ARCH
 from megrez_gguf.tokenizer import UNUSED, Vocabulary
 from megrez_parity.engine import Engine
 from megrez_parity.levels import LEVELS, Made, Maker, check, level_of, types_of
@@ -30,7 +31,6 @@ from megrez_parity.provenance import cache_folder, checkpoint_sha256, provenance
 from megrez_parity.results import LevelResult, ReferenceRun, Report
 from megrez_parity.thresholds import Thresholds
 from megrez_parity.windows import Corpus, read_corpus
-from megrez_runtime.patched import ARCH
 
 try:
     from megrez_parity import tracing

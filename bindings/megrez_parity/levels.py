@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from megrez_gguf import convert
 from megrez_gguf.errors import ConfigError, OutputError
 from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.logs import log
+from megrez_gguf.machine import available_cpus
+from megrez_gguf.patched import require_patched
 from megrez_gguf.pipeline import OutType
 from megrez_parity import imatrix
 from megrez_parity.imatrix import Imatrix
 from megrez_parity.results import Fallback
-from megrez_runtime.logs import log
-from megrez_runtime.model import available_cpus
-from megrez_runtime.patched import require_patched
 
 Say = Callable[[str], None]
 IMATRIX = "+imatrix"

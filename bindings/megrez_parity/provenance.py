@@ -14,8 +14,8 @@ from pathlib import Path
 
 from megrez_gguf.checkpoint import Checkpoint
 from megrez_gguf.errors import CheckpointError
-from megrez_runtime.model import available_cpus
-from megrez_runtime.patched import marker
+from megrez_gguf.machine import available_cpus
+from megrez_gguf.patched import marker
 
 
 def sha256(paths: Sequence[Path]) -> list[str]:

@@ -39,9 +39,9 @@ from torch import Tensor
 from megrez_gguf import config as config_module
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import CheckpointError, OutputError
+from megrez_gguf.machine import available_cpus
 from megrez_parity import reference
 from megrez_parity.reference import CheckpointWeights
-from megrez_runtime.model import available_cpus
 
 Say = Callable[[str], None]
 Floats = NDArray[np.floating[Any]]

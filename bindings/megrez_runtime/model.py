@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.logs import log
+from megrez_gguf.machine import available_cpus
+from megrez_gguf.patched import ARCH, require_patched
 from megrez_runtime.errors import ContextError
-from megrez_runtime.logs import log
-from megrez_runtime.patched import ARCH, require_patched
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -87,14 +88,3 @@ def load(
     # llama_cpp drops the last byte of a text that just fills its buffer; ours are whole.
     llm.metadata |= {key: value for key, value in values.items() if isinstance(value, str)}
     return llm
-
-
-def available_cpus() -> int:
-    """How many CPUs this process may use at once, as far as affinity and cgroup tell."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
-        limit = max(1, int(quota) // int(period))
-    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        limit = count or 1
-    return min(count or 1, limit)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from megrez_gguf.logs import log
+from megrez_gguf.patched import require_patched
 from megrez_runtime.errors import ContextError, DecodeError
-from megrez_runtime.logs import log
-from megrez_runtime.patched import require_patched
 from megrez_runtime.template import ChatTemplate, Message
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ MARKER = "_megrez.json"
 
 def install_command() -> str:
     """How to install the patched llama-cpp-python, as exactly as this installation can tell."""
-    project = Path(__file__).resolve().parents[1] / "llama-cpp-python"
+    project = Path(__file__).resolve().parents[2] / "bindings" / "llama-cpp-python"
     if (project / "pyproject.toml").is_file():
         return f"pip install {project}"
     return "pip install ./bindings/llama-cpp-python   (in a clone of this repository)"
