@@ -44,16 +44,16 @@ def harm(checkpoint: Path, folder: Path, sabotage: Sabotage) -> Path:
         source = folder / "checkpoint"
         _change(checkpoint, source, sabotage)
     target = folder / "sabotaged.gguf"
-    with Maker(source, folder) as maker:
-        with maker.make(sabotage.level) as made:
-            shutil.copy(made.path, target)
-        if sabotage.edit:
-            file = other = File.read(target)
-            if sabotage.other:
-                with maker.make(sabotage.other) as made:
-                    other = File.read(made.path)
-            sabotage.edit(file, other)
-            file.replace(target)
+    maker = Maker(source, folder)
+    with maker.make(sabotage.level) as made:
+        shutil.copy(made.path, target)
+    if sabotage.edit:
+        file = other = File.read(target)
+        if sabotage.other:
+            with maker.make(sabotage.other) as made:
+                other = File.read(made.path)
+        sabotage.edit(file, other)
+        file.replace(target)
     return target
 
 

@@ -27,7 +27,7 @@ from megrez_gguf.patched import ARCH
 from megrez_gguf.tokenizer import UNUSED, Vocabulary
 from megrez_parity.engine import Engine
 from megrez_parity.levels import LEVELS, Made, Maker, check, level_of, types_of
-from megrez_parity.provenance import cache_folder, checkpoint_sha256, provenance, sha256
+from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
 from megrez_parity.results import LevelResult, ReferenceRun, Report
 from megrez_parity.thresholds import Thresholds
 from megrez_parity.windows import Corpus, read_corpus
@@ -104,7 +104,7 @@ def measure(
             key = cache_key(config, checkpoint, tokens, weights)
             cache = (cache_folder() / "parity" if large else scratch / "reference") / key
         # Before the reference: an importance matrix that cannot be read is told at once.
-        maker = stack.enter_context(Maker(checkpoint, scratch, say, calibration, imatrix))
+        maker = Maker(checkpoint, scratch, say, calibration, imatrix)
         reference = StoredReference(config, checkpoint, tokens, cache, weights, say)
         reference.run()
         judge = _Judge(config, checkpoint, corpus, reference, scratch, trace)
@@ -200,12 +200,12 @@ class _Judge:
                     kept.append(self._spill(outputs.nodes, tracing.CAPTURE))
                 seconds["forward"] += ran - start
                 seconds["compare"] += time.perf_counter() - ran
-        (digest,) = sha256([made.path])
+        file = GGUFFile.open(made.path)
         return LevelResult(
             level=name,
             kind=kind,
-            file_bytes=made.path.stat().st_size,
-            sha256=digest,
+            file_bytes=file.nbytes,
+            sha256=file_sha256(file),
             types=types_of(made.path),
             fallbacks=made.fallbacks,
             metrics=comparison.result(),

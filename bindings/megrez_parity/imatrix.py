@@ -1,115 +1,225 @@
-"""Importance matrices: how large the activations are that meet each column of a weight matrix.
+"""Collects importance matrices: runs a model over texts as llama.cpp's own llama-imatrix does.
 
-Quantizers weigh rounding errors by them. Collected as llama.cpp's own llama-imatrix does it; the
-file that tool writes can be read instead.
+The file is `megrez_gguf.imatrix`'s.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import ctypes
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megrez_gguf.errors import GGUFError
-from megrez_gguf.gguf_file import GGUFFile, GGUFTensor
+from megrez_gguf.errors import ConfigError, GGUFError
+from megrez_gguf.imatrix import Imatrix, load
+from megrez_gguf.output import OutputFiles
 from megrez_parity.engine import Engine
 from megrez_parity.ggml import F32, Tensor, op_name, read
 
+__all__ = ["Imatrix", "collect", "load", "run"]
 
-@dataclass(frozen=True, slots=True)
-class Imatrix:
-    """Importance of every column of every matrix, by GGUF tensor name.
+Tokens = NDArray[np.int32]
+Progress = Callable[[int, int], None]
+"""Called with chunks done so far and in all."""
 
-    `means` are mean squares, float32 `[M, columns]`, M being the experts of a pool, otherwise 1;
-    `counts` `[M]` the rows averaged over. An expert that no token reached has neutral means of 1.
+# The node that only the output matrix needs.
+_LAST = b"result_norm"
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def run(
+    model: Path,
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    chunks: int | None = None,
+    context: int = 512,
+    parse_special: bool = False,
+    process_output: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Imatrix:
+    """Write the importance matrix of the GGUF file `model` over `texts` to the file `out`.
+
+    Each text is cut as llama-imatrix does it: into chunks of `context` tokens from its start, at
+    most `chunks`; the tail is left out, and BOS, if the file asks for one, takes the place of each
+    chunk's first token. Several texts give what merging the matrix of each would. `parse_special`,
+    off as in llama-imatrix, reads special tokens in the texts; `process_output`, off as well,
+    includes the output matrix. `force` replaces an existing `out`, which appears whole or not at
+    all. `say` is told of the texts, and of experts that no token reached.
+
+    Raises ConfigError: no or unreadable text, one that is too short, or numbers below 1.
+    OutputError: `out` exists or cannot be written. And what `collect` raises.
     """
+    if not texts or context < 1 or (chunks is not None and chunks < 1):
+        raise ConfigError(
+            f"{len(texts)} texts, {chunks} chunks of {context} tokens: expected at least 1 of each"
+        )
+    contents = [_read(path) for path in texts]
+    with (
+        OutputFiles([out], force, (model, *texts)) as file,
+        _Collector(model, context, process_output) as collector,
+    ):
+        windows: list[Tokens] = []
+        for path, content in zip(texts, contents, strict=True):
+            ids = collector.encode(content, parse_special)
+            cut = collector.cut(ids)[:chunks]
+            if not cut:
+                raise ConfigError(
+                    f"{path}: {len(ids)} tokens, and one chunk takes {context}; give a longer text "
+                    "or a smaller --ctx"
+                )
+            say(f"{path}: {len(ids)} tokens, {len(cut)} chunks of {context}")
+            windows += cut
+        collector.add(windows, progress)
+        found = collector.imatrix([os.fsencode(path).decode("utf-8", "replace") for path in texts])
+        file.start(0)
+        file.write(found.to_bytes())
+    for line in _describe_unseen(found):
+        say(line)
+    return found
 
-    means: dict[str, NDArray[np.float32]]
-    counts: dict[str, NDArray[np.int64]]
 
-    @classmethod
-    def from_sums(
-        cls, sums: dict[str, NDArray[Any]], counts: dict[str, NDArray[np.int64]]
-    ) -> Imatrix:
-        """From sums of squares `[M, columns]` over `counts` `[M]` rows, by tensor name."""
-        means = {}
-        for name, total in sums.items():
-            n = counts[name][:, None]
-            means[name] = np.where(n > 0, total / np.maximum(n, 1), 1).astype(np.float32)
-        return cls(means, counts)
-
-
-def collect(path: Path, windows: Iterable[NDArray[np.int32]], context: int) -> Imatrix:
+def collect(path: Path, windows: Iterable[Tokens], context: int) -> Imatrix:
     """Run the GGUF file `path` over `windows`, each of at most `context` tokens.
 
     Matrices outside the layers (embedding, output) are left out, as llama-imatrix does. A pool of
     experts gathers from all layers that use it. Raises what `Engine` raises, and GGUFError when
     activations are not finite.
     """
-    sums: dict[str, NDArray[np.float64]] = {}
-    counts: dict[str, NDArray[np.int64]] = {}
+    with _Collector(path, context) as collector:
+        collector.add(list(windows))
+        return collector.imatrix()
 
-    def watch(node: Tensor, ask: bool) -> bool:
+
+class _Collector(Engine):
+    """Adds up the squares of what enters each matrix."""
+
+    def __init__(self, path: Path, context: int, process_output: bool = False) -> None:
+        super().__init__(path, context)
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._counts: dict[str, NDArray[np.int64]] = {}
+        self._chunks = 0
+        self._process_output = process_output
+        # Of the window that is being evaluated: what enters the matrices, by its address and that
+        # of the experts' ids; the matrices it enters; and its sums.
+        self._entered: dict[tuple[int, int], list[str]] = {}
+        self._added: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
+
+    def __enter__(self) -> _Collector:
+        return self
+
+    def encode(self, text: bytes, parse_special: bool) -> Tokens:
+        """Token ids of a whole text, with BOS if the file asks for one."""
+        room = len(text) + 8
+        ids = (ctypes.c_int32 * room)()
+        count = self._llama.llama_tokenize(
+            self._vocab, text, len(text), ids, room, False, parse_special
+        )
+        if count < 0:
+            raise GGUFError(f"{self.path}: its tokenizer needs more tokens than a text has bytes")
+        start = [] if self.bos is None else [self.bos]
+        return np.array([*start, *ids[:count]], dtype=np.int32)
+
+    def cut(self, ids: Tokens) -> list[Tokens]:
+        """All whole windows of a text's tokens."""
+        windows = ids[: len(ids) // self.context * self.context].reshape(-1, self.context).copy()
+        if self.bos is not None:
+            windows[:, 0] = self.bos
+        return list(windows)
+
+    def add(self, windows: Sequence[Tokens], progress: Progress | None = None) -> None:
+        """Run over `windows`; GGUFError when activations are not finite."""
+        for done, window in enumerate(windows, 1):
+            self._entered, self._added = {}, {}
+            self.observe(window, 0, self._look)
+            self._chunks += 1
+            for key, (sums, counts) in self._added.items():
+                for name in self._entered[key]:
+                    self._add(name, sums, counts)
+            if progress:
+                progress(done, len(windows))
+
+    def _add(self, name: str, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+        if name in self._sums:
+            self._sums[name] += sums
+            self._counts[name] += counts
+        else:
+            self._sums[name], self._counts[name] = sums.copy(), counts.copy()
+        # Not a number compares false.
+        if not (self._sums[name] <= _FLOAT32_MAX).all():
+            raise GGUFError(f"{self.path}: activations entering {name} are not finite")
+
+    def imatrix(self, datasets: Sequence[str] = ()) -> Imatrix:
+        """Of all windows so far."""
+        sums = {name: total.astype(np.float32) for name, total in self._sums.items()}
+        return Imatrix(sums, self._counts, tuple(datasets), self._chunks, self.context)
+
+    def _look(self, node: Tensor, ask: bool) -> bool:
+        if node.name == _LAST and not self._process_output:
+            return ask  # evaluation ends here: the output matrix alone is a tenth of it
         kind = op_name(node.op)
         if kind not in ("MUL_MAT", "MUL_MAT_ID"):
             return False
         weight, inputs = node.source(0), node.source(1)
-        if not weight.name.startswith(b"blk.") or inputs.type != F32:
+        name = weight.name.decode("utf-8", "replace")
+        if inputs.type != F32 or not (name.startswith("blk.") or name == "output.weight"):
             return False
-        if not ask:
-            name, pool = weight.name.decode(), weight.ne[2] if kind == "MUL_MAT_ID" else 1
-            if name not in sums:
-                sums[name] = np.zeros((pool, weight.ne[0]))
-                counts[name] = np.zeros(pool, np.int64)
-            x = read(inputs)[0].astype(np.float64)  # [1, rows, D], or [rows, 1 or K, D]
-            if kind == "MUL_MAT":
-                ids = np.zeros(math.prod(x.shape[:2]), np.int64)
-            else:
-                chosen = read(node.source(2))[0, 0]  # [rows, K]
-                x, ids = np.broadcast_to(x, (*chosen.shape, x.shape[2])), chosen.ravel()
-            rows = x.reshape(-1, x.shape[2])
-            counts[name] += np.bincount(ids, minlength=pool)
-            for matrix in np.unique(ids):
-                sums[name][matrix] += np.square(rows[ids == matrix]).sum(0)
-            if not np.isfinite(sums[name]).all():
-                raise GGUFError(f"{path}: activations entering {name} are not finite")
+        routed = kind == "MUL_MAT_ID"
+        key = ctypes.addressof(inputs), ctypes.addressof(node.source(2)) if routed else 0
+        if ask:
+            # What enters several matrices is looked at once.
+            names = self._entered.setdefault(key, [])
+            names.append(name)
+            return len(names) == 1
+        ids = read(node.source(2))[0, 0] if routed else None  # [rows, K]
+        self._added[key] = _squares(read(inputs)[0], ids, weight.ne[2])
         return True
 
-    with Engine(path, context) as engine:
-        for window in windows:
-            engine.observe(window, 0, watch)
-    return Imatrix.from_sums(dict(sums), counts)
+
+def _squares(
+    x: NDArray[np.float32], ids: NDArray[np.int32] | None, pool: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sums of squares `[M, D]` and rows added up `[M]`.
+
+    `x` is `[rows, 1 or K, D]` where the experts `ids` `[rows, K]` of `pool` run, otherwise
+    `[1, rows, D]`.
+    """
+    rows = x.reshape(-1, x.shape[2])
+    if ids is None:
+        return np.einsum("ij,ij->j", rows, rows, dtype=np.float64)[None], np.array([len(rows)])
+    sums = np.zeros((pool, x.shape[2]))
+    chosen = ids.ravel()
+    shared = chosen.size // len(rows)  # K where all experts of a token read the same row
+    for expert in np.unique(chosen):
+        part = rows[np.flatnonzero(chosen == expert) // shared]
+        np.einsum("ij,ij->j", part, part, dtype=np.float64, out=sums[expert])
+    return sums, np.bincount(chosen, minlength=pool)
 
 
-def load(path: Path) -> Imatrix:
-    """Read the GGUF file that llama-imatrix writes. Raises GGUFError when `path` is none."""
-    file = GGUFFile.open(path)
-    keys = {f"imatrix.{key}" for key in ("datasets", "chunk_count", "chunk_size")}
-    if file.values.get("general.type") != "imatrix" or not keys <= file.values.keys():
-        raise GGUFError(f"{path}: not an importance matrix as llama-imatrix writes them")
-    tensors = {tensor.name: tensor for tensor in file.tensors}
-    sums: dict[str, NDArray[Any]] = {}
-    counts = {}
-    for tensor in file.tensors:
-        name, _, half = tensor.name.rpartition(".")
-        pair = [tensors.get(f"{name}.{suffix}") for suffix in ("in_sum2", "counts")]
-        if tensor not in pair or not all(t is not None and t.type == "F32" for t in pair):
-            raise GGUFError(f"{path}: {tensor.name} is no half of a pair of sums and counts in F32")
-        if half == "counts":
-            counts[name] = _values(path, tensor).round().astype(np.int64)
-        else:
-            sums[name] = _values(path, tensor)
-    for name, n in counts.items():
-        if not n.size or sums[name].size % n.size:
-            raise GGUFError(f"{path}: {sums[name].size} sums of {n.size} matrices {name}")
-        sums[name] = sums[name].reshape(n.size, -1)
-    return Imatrix.from_sums(sums, counts)
+def _read(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+        raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+    return raw.removesuffix(b"\n")  # one, as llama.cpp's programs do
 
 
-def _values(path: Path, tensor: GGUFTensor) -> NDArray[np.float32]:
-    return np.fromfile(path, "<f4", math.prod(tensor.shape), offset=tensor.begin)
+def _describe_unseen(found: Imatrix) -> list[str]:
+    """One line for each pool with experts that no token reached: all its matrices lack the same."""
+    lines: dict[tuple[str, ...], str] = {}
+    for name, experts in found.unseen().items():
+        layer = ".".join(name.split(".")[:2])
+        total = found.counts[name].size
+        lines.setdefault(
+            (layer, *map(str, experts)),
+            f"warning: {layer}: no token reached {len(experts)} of its {total} experts "
+            f"({', '.join(map(str, experts))}): their weights are rounded as without an "
+            "importance matrix; give more text",
+        )
+    return list(lines.values())

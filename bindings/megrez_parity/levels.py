@@ -1,68 +1,44 @@
 """Makes a checkpoint's GGUF file at each quantization level, one at a time.
 
 A level is named like llama.cpp's file types, e.g. "q4_k_m"; "q4_k_m+imatrix" is the same types,
-with rounding weighted by an importance matrix.
+with rounding weighted by an importance matrix. "recipe:NAME" is one of our own mixes, which may
+have "+imatrix", too.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
-import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megrez_gguf import convert
-from megrez_gguf.errors import ConfigError, OutputError
+from megrez_gguf import convert, levels
+from megrez_gguf import recipe as recipes
+from megrez_gguf.errors import ConfigError
 from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.logs import log
-from megrez_gguf.machine import available_cpus
-from megrez_gguf.patched import require_patched
-from megrez_gguf.pipeline import OutType
+from megrez_gguf.levels import EITHER, FLOATS, PLAIN, WEIGHTED
+from megrez_gguf.pipeline import RECIPE, Fallback
 from megrez_parity import imatrix
 from megrez_parity.imatrix import Imatrix
-from megrez_parity.results import Fallback
 
 Say = Callable[[str], None]
 IMATRIX = "+imatrix"
+PREFIX = "recipe:"
 
-# Written by the converter; all others by llama.cpp's quantizer.
-CONVERTED = ("f32", "bf16", "f16", "q8_0")
-# An importance matrix changes nothing in these, ...
-_PLAIN = (*CONVERTED, "mxfp4_moe")
-# ... may be used for these, ...
-_EITHER = (
-    *("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
-    *("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "q2_k"),
-    *("tq2_0", "tq1_0"),
-)
-# ... and llama.cpp makes these with one only.
-_WEIGHTED = (
-    *("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
-)
-# All that can be made. nvfp4 has no quantizer, q1_0 does not fit the widths of Megrez2, and the
-# gguf package does not know q2_0 yet.
-KNOWN = (*_PLAIN, *_EITHER, *(name + IMATRIX for name in (*_EITHER, *_WEIGHTED)))
+# All that can be made, beside recipes.
+KNOWN = (*PLAIN, *EITHER, *(name + IMATRIX for name in (*EITHER, *WEIGHTED)))
 # Compared unless others are asked for.
 LEVELS = (
-    *CONVERTED,
+    *FLOATS,
+    "q8_0",
     *("q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl", "iq4_xs"),
     *("mxfp4_moe", "q3_k_m", "q2_k"),
     *("q4_k_m+imatrix", "iq4_xs+imatrix", "q3_k_m+imatrix", "q2_k+imatrix"),
 )
-
-_FALLBACK = re.compile(
-    r"warning: (?P<tensor>\S+) +- ncols .*\(required for type +(?P<wanted>\S+)\)"
-    r".*-> falling back to +(?P<got>\S+)"
-)
-_FALLBACKS = re.compile(r"WARNING: (\d+) of \d+ tensor\(s\) required fallback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +55,32 @@ def check(level: str, calibrated: bool = True) -> None:
     `calibrated` tells whether there is what an importance matrix comes from.
     """
     base = level.removesuffix(IMATRIX)
-    if level in KNOWN:
-        if base != level and not calibrated:
+    if base.startswith(PREFIX):
+        recipes.load(base.removeprefix(PREFIX))
+    elif level not in KNOWN:
+        if base in WEIGHTED:
             raise ConfigError(
-                f"level {level!r} needs an importance matrix: give its file with --imatrix, or a "
-                "longer text, whose tokens beyond the windows it can be made of"
+                f"level {level!r} needs an importance matrix: ask for {base}{IMATRIX}"
             )
-        return
-    if base in _WEIGHTED:
-        raise ConfigError(f"level {level!r} needs an importance matrix: ask for {base}{IMATRIX}")
-    if base in _PLAIN:
-        raise ConfigError(f"level {level!r}: an importance matrix changes nothing in {base}")
-    raise ConfigError(
-        f"unknown level {level!r}; known: {', '.join((*_PLAIN, *_EITHER))}; and with "
-        f"{IMATRIX} after the name: {', '.join((*_EITHER, *_WEIGHTED))}"
-    )
+        if base in PLAIN:
+            raise ConfigError(f"level {level!r}: an importance matrix changes nothing in {base}")
+        raise ConfigError(
+            f"unknown level {level!r}; known: {', '.join((*PLAIN, *EITHER))}; and with "
+            f"{IMATRIX} after the name: {', '.join((*EITHER, *WEIGHTED))}; and {PREFIX}NAME"
+        )
+    if base != level and not calibrated:
+        raise ConfigError(
+            f"level {level!r} needs an importance matrix: give its file with --imatrix, or a "
+            "longer text, whose tokens beyond the windows it can be made of"
+        )
 
 
 class Maker:
-    """Makes the levels of one checkpoint in `folder`, keeping what several of them start from.
+    """Makes the levels of one checkpoint in `folder`, keeping their importance matrix.
 
     Importance matrices come from `imatrix_file`, as llama-imatrix writes it, or else from running
     the checkpoint over `calibration`, windows `[S]` of token ids. `say` is told what is being done.
-    A context manager, which leaves nothing in `folder`. Raises what `imatrix.load` does.
+    Nothing stays in `folder`. Raises what `imatrix.load` does.
     """
 
     def __init__(
@@ -114,14 +93,7 @@ class Maker:
     ) -> None:
         self._checkpoint, self._folder, self._say = checkpoint, folder, say
         self._calibration = calibration
-        self._source = folder / "source.gguf"
         self._imatrix = imatrix.load(imatrix_file) if imatrix_file else None
-
-    def __enter__(self) -> Maker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._source.unlink(missing_ok=True)
 
     @contextmanager
     def make(self, level: str) -> Iterator[Made]:
@@ -138,118 +110,33 @@ class Maker:
 
     def _make(self, level: str, path: Path) -> list[Fallback]:
         base = level.removesuffix(IMATRIX)
-        if base in CONVERTED:
-            self._say(f"{level}: converting")
-            done = convert(self._checkpoint, path, outtype=cast(OutType, base))
-            return _fallbacks(path, [(name, base, "f16") for name in done.fallbacks])
         weights = self._weights() if base != level else None
-        source = self._converted()
-        self._say(f"{level}: quantizing")
-        return quantize(source, path, base, weights)
-
-    def _converted(self) -> Path:
-        """The checkpoint in its own type, for the quantizer."""
-        if not self._source.exists():
-            self._say("converting, for the quantizer")
-            convert(self._checkpoint, self._source, outtype="auto")
-        return self._source
+        self._say(f"{level}: converting")
+        if base.startswith(PREFIX):
+            mix = recipes.load(base.removeprefix(PREFIX))
+            done = convert(self._checkpoint, path, imatrix=weights, recipe=mix)
+        else:
+            done = convert(self._checkpoint, path, outtype=base, imatrix=weights)
+        return [replace(f, wanted=_ggml(f.wanted), got=_ggml(f.got)) for f in done.fallbacks]
 
     def _weights(self) -> Imatrix:
         if self._imatrix is None:
-            source, windows = self._converted(), self._calibration
+            windows = self._calibration
             self._say(f"importance matrix: {len(windows)} windows in llama.cpp")
-            self._imatrix = imatrix.collect(source, windows, max(map(len, windows)))
+            source = self._folder / "source.gguf"
+            try:
+                convert(self._checkpoint, source)
+                self._imatrix = imatrix.collect(source, windows, max(map(len, windows)))
+            finally:
+                source.unlink(missing_ok=True)
         return self._imatrix
-
-
-def quantize(
-    source: Path, target: Path, kind: str, weights: Imatrix | None = None
-) -> list[Fallback]:
-    """Write `source` quantized by llama.cpp's own quantizer, e.g. to `kind` "q4_k_m", as `target`.
-
-    Returns the tensors whose rows do not fill the blocks of the type they should have, as the
-    quantizer names them. Raises OutputError when it fails, ConfigError when `weights` are of
-    another model; `target` is then gone.
-    """
-    llama = require_patched()
-    params = llama.llama_model_quantize_default_params()
-    params.ftype = _file_types()[kind]
-    params.nthread = available_cpus()
-    entries = None
-    if weights:
-        _check_weights(source, weights)
-        # Contiguous float32, which `weights` keeps alive; ends with an entry of zeros.
-        kept = {name.encode(): np.ascontiguousarray(x) for name, x in weights.means.items()}
-        entries = (llama.llama_model_imatrix_data * (len(kept) + 1))()
-        pointer = ctypes.POINTER(ctypes.c_float)
-        for entry, (name, values) in zip(entries, kept.items(), strict=False):
-            entry.name, entry.size = name, values.size
-            entry.data = values.ctypes.data_as(pointer)
-        params.imatrix = ctypes.cast(entries, ctypes.POINTER(llama.llama_model_imatrix_data))
-    log.install(llama)
-    names = os.fsencode(source), os.fsencode(target)
-    try:
-        if llama.llama_model_quantize(*names, ctypes.byref(params)) != 0:
-            reason = log.take_errors() or "llama.cpp gives no reason"
-            raise OutputError(f"{target}: quantizing {source.name} to {kind} failed: {reason}")
-        return _fallbacks(target, _announced(target, log.take_warnings()))
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-
-
-def _check_weights(source: Path, weights: Imatrix) -> None:
-    """Every matrix of the layers must have its weights: llama.cpp goes on without."""
-    if not source.is_file():
-        return  # the quantizer says so
-    for tensor in GGUFFile.open(source).tensors:
-        name = tensor.name
-        if not name.startswith("blk.") or not name.endswith(".weight") or len(tensor.shape) < 2:
-            continue
-        shape = (math.prod(tensor.shape[:-2]), tensor.shape[-1])
-        found = weights.means[name].shape if name in weights.means else None
-        if found != shape:
-            raise ConfigError(
-                f"the importance matrix is of another model: for {name} it has {found or 'nothing'}"
-                f", expected {shape}"
-            )
-
-
-def _announced(path: Path, lines: Collection[str]) -> list[tuple[str, str, str]]:
-    """Tensor, wanted and chosen type of each fallback in the quantizer's log."""
-    found = [(m["tensor"], m["wanted"], m["got"]) for m in map(_FALLBACK.search, lines) if m]
-    total = sum(int(match[1]) for match in map(_FALLBACKS.search, lines) if match)
-    if len(found) != total:
-        raise OutputError(
-            f"{path}: the quantizer counts {total} fallbacks, and {len(found)} are named in its "
-            "log: this llama_cpp is not the pinned version. Reinstall the patched llama-cpp-python"
-        )
-    return found
-
-
-def _fallbacks(path: Path, named: Collection[tuple[str, str, str]]) -> list[Fallback]:
-    """With the sizes of the tensors in `path`, whose types must be as named."""
-    if not named:
-        return []
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    tensors = {tensor.name: tensor for tensor in GGUFFile.open(path).tensors}
-    found = []
-    for name, wanted, got in named:
-        tensor = tensors[name]
-        if tensor.type != got.upper():
-            raise OutputError(f"{path}: {name} was to fall back to {got}, but is {tensor.type}")
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[wanted.upper()]]
-        extra = tensor.nbytes - round(math.prod(tensor.shape) / block * size)
-        found.append(Fallback(name, wanted, got, tensor.nbytes, extra))
-    return found
 
 
 def types_of(path: Path) -> dict[str, int]:
     """Bytes in tensors of each ggml type, e.g. "q4_K", the largest first. Raises GGUFError."""
     sizes: dict[str, int] = {}
     for tensor in GGUFFile.open(path).tensors:
-        name = re.sub("k$", "K", tensor.type.lower())
+        name = _ggml(tensor.type)
         sizes[name] = sizes.get(name, 0) + tensor.nbytes
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
@@ -257,18 +144,16 @@ def types_of(path: Path) -> dict[str, int]:
 def level_of(path: Path) -> str:
     """The level that a file's own keys name, or "" when they name none. Raises GGUFError."""
     values = GGUFFile.open(path).values
-    number = values.get("general.file_type")
-    base = next((name for name, kind in _file_types().items() if kind == number), "")
-    # llama-quantize leaves its keys where it was given an importance matrix.
-    weighted = base in _WEIGHTED or "quantize.imatrix.entries_count" in values
-    return next((n for n in (base + IMATRIX * weighted, base) if n in KNOWN), "")
+    base = levels.level_of(values.get("general.file_type"))
+    if RECIPE in values:
+        base = f"{PREFIX}{values[RECIPE]}"
+    # Left in the file by what was given an importance matrix to make it.
+    weighted = base in WEIGHTED or "quantize.imatrix.entries_count" in values
+    return next(
+        (n for n in (base + IMATRIX * weighted, base) if n in KNOWN or RECIPE in values), ""
+    )
 
 
-def _file_types() -> Mapping[str, int]:
-    """llama.cpp's number of every file type, by its name in lower case."""
-    llama = require_patched()
-    types = {}
-    for name, number in vars(llama).items():
-        if match := re.fullmatch("LLAMA_FTYPE_(?:MOSTLY|ALL)_(.+)", name):
-            types[match[1].lower()] = int(number)
-    return types
+def _ggml(name: str) -> str:
+    """ggml's spelling of a type's name: "q4_K" for "Q4_K"."""
+    return re.sub("k$", "K", name.lower())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megrez_gguf.checkpoint import Checkpoint
 from megrez_gguf.errors import CheckpointError
+from megrez_gguf.gguf_file import GGUFFile
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.patched import marker
 
@@ -36,6 +37,14 @@ def checkpoint_sha256(folder: Path) -> str:
     """One digest for all that decides a checkpoint's logits: config.json and every shard."""
     shards = [shard.path for shard in Checkpoint.open(folder).shards]
     return hashlib.sha256("\n".join(sha256([folder / "config.json", *shards])).encode()).hexdigest()
+
+
+def file_sha256(file: GGUFFile) -> str:
+    """Digest of a GGUF file; of a split one, that of its parts' digests, a line each."""
+    digests = sha256([shard.path for shard in file.shards])
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def provenance(weights: str, command: str) -> dict[str, str]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megrez_gguf.pipeline import Fallback
+
 # Raised whenever a field changes its name or meaning.
 SCHEMA_VERSION = 1
 
@@ -64,17 +66,6 @@ class Metrics:
     reference_perplexity: Figure
     perplexity_ratio: Figure  # candidate's over reference's
     positions: int  # positions scored
-
-
-@dataclass(frozen=True, slots=True)
-class Fallback:
-    """A tensor whose rows cannot hold the type its level asks for."""
-
-    tensor: str
-    wanted: str  # ggml type names, e.g. "q4_K"
-    got: str
-    nbytes: int  # what the tensor takes
-    extra_bytes: int  # above what the wanted type would take, at its bits a weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Megrez2 checkpoints to GGUF.
 
-`convert(checkpoint, ...)` and `inspect(path)` are loaded on first use, so that importing this
-package costs nothing.
+`convert(checkpoint, ...)`, `quantize(file, ...)` and `inspect(path)` are loaded on first use, so
+that importing this package costs nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megrez_gguf.inspection import inspect
-    from megrez_gguf.pipeline import convert
+    from megrez_gguf.pipeline import convert, quantize
 
-__all__ = ["convert", "inspect"]
+__all__ = ["convert", "inspect", "quantize"]
 
 # No module here may be called after a function below: importing `megrez_gguf.convert` as a module
 # would replace the function of that name.
-_EXPORTS = {"convert": "megrez_gguf.pipeline", "inspect": "megrez_gguf.inspection"}
+_EXPORTS = {
+    "convert": "megrez_gguf.pipeline",
+    "inspect": "megrez_gguf.inspection",
+    "quantize": "megrez_gguf.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import os
 import stat
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -110,19 +112,76 @@ class Tensor:
                     _read_exactly(file, part, self)
                     yield np.frombuffer(part, dtype=dtype)
         except OSError as e:
-            raise CheckpointError(
-                f"{self.shard.path}: tensor {self.name}: cannot be read: {e.strerror or e}"
-            ) from None
+            raise unreadable(self, e) from None
+
+
+class OpenShards:
+    """Shards held open, for reading anywhere in their tensors from any thread.
+
+    A context manager. Raises CheckpointError naming shard and tensor.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[Path, int] = {}
+
+    def __enter__(self) -> OpenShards:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def descriptor(self, tensor: Tensor) -> int:
+        """The open file that holds `tensor`."""
+        path = tensor.shard.path
+        with self._lock:
+            if path not in self._open:
+                try:
+                    self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                except OSError as e:
+                    raise unreadable(tensor, e) from None
+            return self._open[path]
+
+    def read(self, tensor: Tensor, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of `tensor` from `offset` on."""
+        descriptor, position = self.descriptor(tensor), tensor.begin + offset
+        try:
+            while into:
+                count = os.preadv(descriptor, [into], position)
+                if not count:
+                    raise ended_early(tensor)
+                into, position = into[count:], position + count
+        except OSError as e:
+            raise unreadable(tensor, e) from None
+
+    def announce(self, tensor: Tensor, offset: int, count: int) -> None:
+        """Tell the system that these bytes will be read soon."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                begin, advice = tensor.begin + offset, os.POSIX_FADV_WILLNEED
+                os.posix_fadvise(self.descriptor(tensor), begin, count, advice)
+
+
+def ended_early(tensor: Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.shard.path}: tensor {tensor.name}: the file ended early; "
+        "it shrank while it was read"
+    )
+
+
+def unreadable(tensor: Tensor, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.shard.path}: tensor {tensor.name}: cannot be read: {error.strerror or error}"
+    )
 
 
 def _read_exactly(file: Any, part: memoryview, tensor: Tensor) -> None:
     while part:
         count = file.readinto(part)
         if not count:
-            raise CheckpointError(
-                f"{tensor.shard.path}: tensor {tensor.name}: the file ended early; "
-                "it shrank while it was read"
-            )
+            raise ended_early(tensor)
         part = part[count:]
 
 

@@ -10,7 +10,6 @@ This is the composition root: the only module of `megrez_gguf` that may import `
 from __future__ import annotations
 
 import dataclasses
-import enum
 import json
 import shlex
 import signal
@@ -19,12 +18,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
 from megrez_gguf.errors import MegrezError
+
+if TYPE_CHECKING:
+    from megrez_gguf.pipeline import ConvertResult
 
 
 class _Commands(typer.core.TyperGroup):
@@ -52,16 +54,6 @@ app = typer.Typer(
 )
 
 
-class OutTypeOption(enum.StrEnum):
-    """As `megrez_gguf.pipeline.OutType`, which is too heavy to import for --help."""
-
-    auto = "auto"
-    f32 = "f32"
-    bf16 = "bf16"
-    f16 = "f16"
-    q8_0 = "q8_0"
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib import metadata
@@ -83,6 +75,28 @@ def _common(
     pass
 
 
+def _size(text: str) -> int:
+    """A number of bytes: "2G" and "500M" as llama-gguf-split takes them, or plain."""
+    unit = {"K": 1000, "M": 1000**2, "G": 1000**3}.get(text[-1:].upper())
+    number = text[:-1] if unit else text
+    if not number.isascii() or not number.isdecimal() or int(number) == 0:
+        raise typer.BadParameter(f"{text!r}: expected a size such as 2G or 500M")
+    return int(number) * (unit or 1)
+
+
+ImatrixOption = Annotated[
+    Path | None, typer.Option("--imatrix", help="Importance matrix, as llama-imatrix writes it.")
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", help="TOML with a level and the types that differ.")
+]
+SplitOption = Annotated[
+    int | None,
+    typer.Option("--split-max-size", parser=_size, metavar="SIZE", help="Split, e.g. by 2G."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
+
+
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
@@ -90,33 +104,88 @@ def convert(
         Path | None, typer.Option("--out", "-o", help="Output file.  [default: NAME-TYPE.gguf]")
     ] = None,
     outtype: Annotated[
-        OutTypeOption, typer.Option(help="Type of the matrices; auto is the checkpoint's own.")
-    ] = OutTypeOption.auto,
+        str, typer.Option(help="Level, e.g. q8_0 or q4_k_m; auto is the checkpoint's own type.")
+    ] = "auto",
+    imatrix: ImatrixOption = None,
+    recipe: RecipeOption = None,
+    split_max_size: SplitOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     clamp: Annotated[
         bool, typer.Option("--clamp", help="Limit weights beyond the type's range to it.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Convert a checkpoint to GGUF.
+    """Convert a checkpoint to GGUF, at any level in one pass.
 
-    Norms, routers and biases are always F32. The output appears whole or not at all.
+    Norms, routers and biases are always F32. Levels that quantize give what llama-quantize gives,
+    and need the patched llama-cpp-python. The output appears whole or not at all.
 
     \b
     Examples:
       megrez-gguf convert Megrez2-3x7B-A3B
-      megrez-gguf convert Megrez2-3x7B-A3B -o megrez2.gguf --outtype q8_0
+      megrez-gguf convert Megrez2-3x7B-A3B -o megrez2.gguf --outtype q4_k_m --imatrix m.imatrix
+      megrez-gguf convert Megrez2-3x7B-A3B --outtype q8_0 --split-max-size 2G
     """
     from megrez_gguf.pipeline import convert as run
 
     with _progress("Converting") as progress:
-        result = run(checkpoint, out, outtype.value, force, clamp, progress)
-    for warning in result.warnings:
-        _say(f"warning: {warning}")
-    _say(
-        f"{result.tensors} tensors, {result.parameters:,} parameters as {result.outtype}, "
-        f"{result.nbytes:,} bytes"
-    )
-    typer.echo(result.path)
+        result = run(
+            checkpoint, out, outtype, force, clamp, progress,
+            imatrix=imatrix, recipe=recipe, split_max_size=split_max_size,
+        )  # fmt: skip
+    _tell(result, as_json)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="GGUF file in f32, bf16 or f16.")],
+    out: Annotated[Path, typer.Argument(help="Output file.")],
+    level: Annotated[str, typer.Argument(help="Level, e.g. q4_k_m; auto with --recipe.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    imatrix: ImatrixOption = None,
+    recipe: RecipeOption = None,
+    split_max_size: SplitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a GGUF file, tensor for tensor as llama-quantize does.
+
+    \b
+    Examples:
+      megrez-gguf quantize megrez2-bf16.gguf megrez2-q4.gguf q4_k_m
+      megrez-gguf quantize megrez2-bf16.gguf mine.gguf --recipe mine.toml
+    """
+    from megrez_gguf.pipeline import quantize as run
+
+    with _progress("Quantizing") as progress:
+        result = run(
+            source, out, level, force, progress,
+            imatrix=imatrix, recipe=recipe, split_max_size=split_max_size,
+        )  # fmt: skip
+    _tell(result, as_json)
+
+
+@app.command()
+def imatrix(
+    model: Annotated[Path, typer.Argument(help="GGUF file to run.")],
+    text: Annotated[list[Path], typer.Argument(help="UTF-8 texts.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
+    chunks: Annotated[
+        int | None, typer.Option(min=1, help="Chunks a text.  [default: all]")
+    ] = None,
+    ctx: Annotated[int, typer.Option(min=1, help="Tokens a chunk.")] = 512,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+) -> None:
+    """Collect an importance matrix, in llama-imatrix's format.
+
+    \b
+    Examples:
+      megrez-gguf imatrix megrez2-q8_0.gguf calibration.txt -o megrez2.imatrix.gguf
+    """
+    from megrez_parity.imatrix import run
+
+    with _progress("Collecting") as progress:
+        run(model, text, out, chunks=chunks, context=ctx, force=force, progress=progress, say=_say)
+    typer.echo(out)
 
 
 @app.command()
@@ -280,6 +349,16 @@ def chat(
         {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "verbose": verbose},
     )
     raise typer.Exit(code)
+
+
+def _tell(result: ConvertResult, as_json: bool) -> None:
+    for warning in result.warnings:
+        _say(f"warning: {warning}")
+    _say(
+        f"{result.tensors} tensors, {result.parameters:,} parameters as {result.outtype}, "
+        f"{result.nbytes:,} bytes in {result.seconds:.1f} s"
+    )
+    typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
 
 
 @contextmanager

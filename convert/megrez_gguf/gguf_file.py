@@ -1,4 +1,4 @@
-"""Reads the head of a GGUF file, trusting nothing in it.
+"""Reads the head of a GGUF file, or of all parts of a split one, trusting nothing in it.
 
 `gguf.GGUFReader` believes every count it finds; a damaged file makes it run away or raise whatever
 comes first.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Mapping
@@ -37,6 +38,18 @@ _SCALARS = {
 }
 
 
+# What tells the parts of a split file, and that they belong together: number, parts, tensors.
+SPLIT = ("split.no", "split.count", "split.tensors.count")
+_PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class RawValue:
+    """A value as it lies in a file: its type and its bytes."""
+
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
     """One entry of the tensor table; `shape` is in numpy's order, slowest axis first."""
@@ -44,26 +57,80 @@ class GGUFTensor:
     name: str
     type: str
     shape: tuple[int, ...]
+    shard: Shard
     begin: int
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """Key-values and tensor table of one file."""
+    """Key-values and tensor table of one model, in one file or in the parts of a split one.
 
-    shard: Shard
+    `values` are the first part's, `raw` the same as they lie in the file.
+    """
+
+    shards: tuple[Shard, ...]
     version: int
     values: Mapping[str, Any]
+    raw: Mapping[str, RawValue]
     tensors: tuple[GGUFTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all parts."""
+        return sum(shard.size for shard in self.shards)
 
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
-        """Read and check everything before the tensor data.
+        """Read and check everything before the tensor data; of a split file, give the first part.
 
         Raises GGUFError: not a GGUF, another version or byte order, truncated, counts or lengths
-        beyond the file, a key or tensor twice, or tensors that overlap or leave the file.
+        beyond the file, a key or tensor twice, tensors that overlap or leave the file; a part
+        missing, of another file, or not the first.
         """
+        first = cls._open_one(path)
+        count = first.values.get("split.count", 1)
+        if type(count) is not int or count <= 1:
+            return first
+        return cls._join(path, first, count)
+
+    @classmethod
+    def _join(cls, path: Path, first: GGUFFile, count: int) -> GGUFFile:
+        if first.values.get("split.no") != 0:
+            raise GGUFError(
+                f"{path}: is not the first of the {count} parts of a split file; "
+                f"give {part_path(split_prefix(path), 0, count).name}"
+            )
+        match = _PART.fullmatch(path.name)
+        if match is None or int(match["number"]) != 1 or int(match["count"]) != count:
+            raise GGUFError(
+                f"{path}: is the first of {count} parts, which are found by their names; it should "
+                f"be called like {part_path(split_prefix(path), 0, count).name}"
+            )
+        parts = [first]
+        for number in range(1, count):
+            other = part_path(split_prefix(path), number, count)
+            if not other.exists():
+                raise GGUFError(f"{other}: missing; {path.name} is one of {count} parts")
+            part = cls._open_one(other)
+            if (part.values.get("split.no"), part.values.get("split.count")) != (number, count):
+                raise GGUFError(
+                    f"{other}: says that it is part {part.values.get('split.no')!r} of "
+                    f"{part.values.get('split.count')!r}; expected {number} of {count}"
+                )
+            parts.append(part)
+        tensors = tuple(tensor for part in parts for tensor in part.tensors)
+        total = first.values.get("split.tensors.count")
+        if total != len(tensors) or len({t.name for t in tensors}) != len(tensors):
+            raise GGUFError(
+                f"{path}: announces {total!r} tensors in its {count} parts, which hold "
+                f"{len(tensors)} with {len({t.name for t in tensors})} names"
+            )
+        shards = tuple(part.shards[0] for part in parts)
+        return cls(shards, first.version, first.values, first.raw, tensors)
+
+    @classmethod
+    def _open_one(cls, path: Path) -> GGUFFile:
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -73,6 +140,17 @@ class GGUFFile:
                 return _Reader(file, shard).read()
         except OSError as e:
             raise GGUFError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def part_path(prefix: Path, number: int, count: int) -> Path:
+    """Name of a part as llama.cpp forms it; `number` counts from 0."""
+    return prefix.with_name(f"{prefix.name}-{number + 1:05}-of-{count:05}.gguf")
+
+
+def split_prefix(path: Path) -> Path:
+    """What the names of all parts begin with, from any of them or from that of the whole."""
+    match = _PART.fullmatch(path.name)
+    return path.with_name(match["name"] if match else path.name.removesuffix(".gguf"))
 
 
 class _Reader:
@@ -97,13 +175,18 @@ class _Reader:
                 f"{self.shard.size} bytes can hold: damaged"
             )
         values: dict[str, Any] = {}
+        raw: dict[str, RawValue] = {}
         for _ in range(value_count):
             key = self.string("a key")
             if key in values:
                 self.fail(f"key {key!r} appears twice")
+            begin = self.position
             values[key] = self.value(self.number("I", key), key)
+            end = self.position
+            self.file.seek(begin)
+            raw[key] = RawValue(self.file.read(end - begin))
         entries = [self.entry() for _ in range(tensor_count)]
-        return GGUFFile(self.shard, version, values, self.place(entries, values))
+        return GGUFFile((self.shard,), version, values, raw, self.place(entries, values))
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.shard.size - self.position:
@@ -182,7 +265,7 @@ class _Reader:
                     f"tensor {name}: {nbytes} bytes at {start + offset}, "
                     f"in a file of {self.shard.size}: truncated or damaged"
                 )
-            tensors.append(GGUFTensor(name, kind.name, shape, start + offset, nbytes))
+            tensors.append(GGUFTensor(name, kind.name, shape, self.shard, start + offset, nbytes))
         end, previous = 0, ""
         for tensor in sorted(tensors, key=lambda t: t.begin):
             if tensor.begin < end:

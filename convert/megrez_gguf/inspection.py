@@ -15,7 +15,7 @@ from megrez_gguf.checkpoint import RAW_DTYPE, Checkpoint, Tensor
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.pipeline import Progress
+from megrez_gguf.stream import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _gguf(path: Path) -> tuple[Report, list[tuple[Tensor, ...]]]:
     report.warnings += _contradictions(report, moe, pools)
     sources: list[tuple[Tensor, ...]] = []
     for t in file.tensors:
-        tensor = Tensor(t.name, t.type, t.shape, file.shard, t.begin, t.nbytes)
+        tensor = Tensor(t.name, t.type, t.shape, t.shard, t.begin, t.nbytes)
         sources.append((tensor,) if t.type in RAW_DTYPE else ())
     return report, sources
 
@@ -212,7 +212,7 @@ def _scan(report: Report, sources: list[tuple[Tensor, ...]], progress: Progress 
                 finite = np.isfinite(values)
                 bad += int((~finite).sum())
                 values = np.where(finite, values, np.float32(0))
-            loss += encode.count_loss(values, encode.ENCODINGS["F16"])
+            loss += encode.count_loss(values, encode.FLOATS["F16"])
             done += raw.nbytes
             if progress:
                 progress(done, total)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,7 @@ class Log:
         self.verbose = False
         self._errors: deque[str] = deque(maxlen=8)
         self._warnings: deque[str] = deque(maxlen=4096)
+        self._heard: list[str] | None = None
         self._level = 0
         self._callback: Any = None
 
@@ -47,9 +50,21 @@ class Log:
         self._warnings.clear()
         return lines
 
+    @contextmanager
+    def listening(self) -> Iterator[Callable[[], list[str]]]:
+        """Keep every line of every level; the callable yielded gives those logged so far."""
+        heard: list[str] = []
+        self._heard = heard
+        try:
+            yield lambda: "".join(heard).splitlines()
+        finally:
+            self._heard = None
+
     def _receive(self, level: int, text: bytes, _: Any) -> None:
         self._level = level if level != _CONTINUED else self._level
         line = text.decode("utf-8", "replace")
+        if self._heard is not None:
+            self._heard.append(line)
         if self._level == _ERROR:
             self._errors.append(line)
         elif self._level == _WARNING:

@@ -15,6 +15,8 @@ from typing import Any
 from megrez_gguf.config import ModelConfig, RopeScaling
 
 ARCH = "megrez-moe"
+# Prefix of the keys that say how a file was made; llama.cpp does not read them.
+OURS = "megrez-gguf"
 
 Value = bool | int | float | str | list[str] | list[int]
 KeyValues = dict[str, Value]
@@ -91,15 +93,18 @@ def general(
     config: ModelConfig,
     raw_config: Mapping[str, Any],
     parameters: int,
-    file_type: int,
 ) -> KeyValues:
     """`general.*`: name, size, license and source, as far as the folder tells.
 
-    `parameters` counts the stored weights; `file_type` is llama.cpp's number for the main type.
+    `parameters` counts the stored weights.
     """
     repository = _repository(folder, raw_config)
     name = repository.rpartition("/")[2] if repository else folder.resolve().name
-    values: KeyValues = {"general.type": "model", "general.name": name}
+    values: KeyValues = {
+        "general.architecture": ARCH,
+        "general.type": "model",
+        "general.name": name,
+    }
     match = re.fullmatch(r"(.+?)[-_ ](\d+x[\d.]+[MB](?:-A[\d.]+[MB])?)(?:[-_ ](.+))?", name)
     if match:
         values["general.basename"], values["general.size_label"] = match[1], match[2]
@@ -117,7 +122,6 @@ def general(
         values["general.source.url"] = url
         values["general.source.huggingface.repository"] = repository
     values["general.quantization_version"] = 2
-    values["general.file_type"] = file_type
     return values
 
 

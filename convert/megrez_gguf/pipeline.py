@@ -1,4 +1,4 @@
-"""Checkpoint -> GGUF: plan everything, stream the weights once, commit atomically.
+"""Checkpoint or GGUF -> GGUF at any level: plan everything, stream the weights once, commit.
 
 Nothing is written before every header, name, shape and type has been checked; nothing appears
 under the output's name before the last byte is on disk.
@@ -6,171 +6,374 @@ under the output's name before the last byte is on disk.
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import tempfile
+import struct
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from megrez_gguf import encode, layout, metadata
-from megrez_gguf.checkpoint import Checkpoint, Tensor
+from megrez_gguf import encode, imatrix, layout, levels, metadata, recipe
+from megrez_gguf.checkpoint import RAW_DTYPE, Checkpoint, Tensor
 from megrez_gguf.config import ModelConfig
-from megrez_gguf.encode import ENCODINGS, Encoding, Loss
-from megrez_gguf.errors import CheckpointError, ConfigError, OutputError
+from megrez_gguf.errors import CheckpointError, ConfigError, GGUFError
+from megrez_gguf.gguf_file import SPLIT, GGUFFile, RawValue, part_path, split_prefix
+from megrez_gguf.gguf_writer import KeyValues, TensorInfo, header, padded
+from megrez_gguf.imatrix import Imatrix
 from megrez_gguf.json_file import read_object
-from megrez_gguf.layout import Plan, Target
+from megrez_gguf.layout import Plan
+from megrez_gguf.output import OutputFiles
+from megrez_gguf.quantizer import choose_types, encoding, type_number
+from megrez_gguf.recipe import Recipe
+from megrez_gguf.stream import Importance, Item, Outcome, Progress, stream
 from megrez_gguf.tokenizer import read_vocabulary
 
-OutType = Literal["auto", "f32", "bf16", "f16", "q8_0"]
-OUT_TYPES: tuple[OutType, ...] = ("auto", "f32", "bf16", "f16", "q8_0")
+# "NAME TYPE SHA256" of every tensor. The type tells a record that another program's quantizer has
+# copied from the file it read.
+HASHES = f"{metadata.OURS}.sha256"
+RECIPE = f"{metadata.OURS}.recipe"
 
-ALIGNMENT = 32
 
-Progress = Callable[[int, int], None]
-"""Called with bytes written so far and in all."""
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A tensor whose rows do not fill the blocks of the type its level asks for."""
+
+    tensor: str
+    wanted: str
+    got: str
+    nbytes: int
+    extra_bytes: int
+    """Bytes more than the type wanted would take, were its blocks divisible."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What `convert` wrote, and what the user should know about it."""
+    """What was written, and what the user should know about it."""
 
     path: Path
+    """The file; of a split one, the first part."""
     outtype: str
     tensors: int
     parameters: int
     nbytes: int
+    """Size of the file, or of all parts."""
     flushed: int = 0
     """Values other than zero that the type stores as zero."""
     clamped: int = 0
     """Values beyond the type's range, stored as its largest (only with `clamp`)."""
-    fallbacks: tuple[str, ...] = ()
-    """Tensors whose rows the type cannot hold, stored as F16."""
-    warnings: tuple[str, ...] = field(default=())
+    fallbacks: tuple[Fallback, ...] = ()
+    types: Mapping[str, int] = field(default_factory=dict)
+    """Bytes in tensors of each type, the largest first."""
+    parts: tuple[Path, ...] = ()
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
-    """One tensor of the output, its type decided."""
+class _Source:
+    """A model as it is stored: what a conversion starts from."""
 
-    target: Target
-    encoding: Encoding
+    name: str
+    tensors: tuple[Item, ...]  # as they are, in the types of their sources
+    f32: frozenset[str]
+    values: KeyValues
+    inputs: tuple[Path, ...]
+    check: Callable[[Sequence[str]], None]  # after reading, with the names of what was read
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion, planned: every name, shape and type is settled, and nothing is written yet."""
+
+    source: _Source
+    level: str
+    path: Path
+    items: tuple[Item, ...]
+    values: KeyValues
+    fallbacks: tuple[Fallback, ...] = ()
+    importance: Importance = field(default_factory=dict)
+    split_max_size: int | None = None
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def parts(self) -> list[list[Item]]:
+        """The tensors of each file: as many as fit into `split_max_size`, one at least."""
+        parts: list[list[Item]] = [[]]
+        size = 0
+        for item in self.items:
+            if parts[-1] and self.split_max_size and size + item.nbytes > self.split_max_size:
+                parts.append([])
+                size = 0
+            parts[-1].append(item)
+            size += padded(item.nbytes)
+        return parts
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The files, the one to load first."""
+        if self.split_max_size is None:
+            return [self.path]
+        count, prefix = len(self.parts), split_prefix(self.path)
+        return [part_path(prefix, number, count) for number in range(count)]
 
     @property
     def nbytes(self) -> int:
-        return self.encoding.nbytes(self.target.size)
+        """Size of all files."""
+        return sum(map(len, self.headers())) + sum(padded(item.nbytes) for item in self.items)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.size for item in self.items for t in item.sources)
+
+    def types(self) -> dict[str, int]:
+        """Bytes in tensors of each type, the largest first."""
+        sizes: Counter[str] = Counter()
+        for item in self.items:
+            sizes[item.encoding.name] += item.nbytes
+        return dict(sizes.most_common())
+
+    def headers(self, hashes: Sequence[str] = ()) -> list[bytes]:
+        """What comes before the tensors in each file; its size does not depend on the hashes."""
+        hashes = hashes or ["0" * 64] * len(self.items)
+        record = [
+            f"{item.name} {item.encoding.name} {digest}"
+            for item, digest in zip(self.items, hashes, strict=True)
+        ]
+        values = {**self.values, HASHES: record}
+        heads = []
+        for number, part in enumerate(self.parts):
+            infos = [TensorInfo(i.name, i.shape, i.encoding.number, i.nbytes) for i in part]
+            split: KeyValues = {}
+            if self.split_max_size is not None:
+                split = _split_values(number, len(self.parts), len(self.items))
+            heads.append(header({**(values if number == 0 else {}), **split}, infos))
+        return heads
+
+    def run(
+        self,
+        force: bool = False,
+        clamp: bool = False,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> ConvertResult:
+        """Write the files. Raises OutputError, CheckpointError and what `stream` raises."""
+        began = time.perf_counter()
+        with OutputFiles(self.paths, force, self.source.inputs) as files:
+            heads = self.headers()
+            files.reserve(self.nbytes)
+            sink = _Writer(files, {p[0].name: (n, heads[n]) for n, p in enumerate(self.parts)})
+            done = stream(self.items, sink, self.importance, clamp, threads, progress)
+            for number, head in enumerate(self.headers(done.sha256)):
+                files.rewrite(number, head)
+            self.source.check(done.consumed)
+        return ConvertResult(
+            path=self.paths[0],
+            outtype=self.level.upper(),
+            tensors=len(self.items),
+            parameters=self.parameters,
+            nbytes=self.nbytes,
+            flushed=done.loss.flushed,
+            clamped=done.loss.overflow,
+            fallbacks=self.fallbacks,
+            types=self.types(),
+            parts=tuple(self.paths),
+            seconds=time.perf_counter() - began,
+            warnings=(*self.warnings, *_lost(done)),
+        )
+
+
+class _Writer:
+    """Puts items into files; `starts` has the number and head of the file each first item opens."""
+
+    def __init__(self, files: OutputFiles, starts: Mapping[str, tuple[int, bytes]]) -> None:
+        self._files, self._starts = files, starts
+        self.write, self.copy = files.write, files.copy
+
+    def begin(self, item: Item) -> None:
+        if item.name in self._starts:
+            number, head = self._starts[item.name]
+            self._files.start(number)
+            self._files.write(head)
+
+    def end(self, item: Item) -> None:
+        self._files.write(bytes(padded(item.nbytes) - item.nbytes))
 
 
 def convert(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
-    outtype: OutType = "auto",
+    outtype: str = "auto",
     force: bool = False,
     clamp: bool = False,
     progress: Progress | None = None,
+    *,
+    imatrix: str | os.PathLike[str] | Imatrix | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    split_max_size: int | None = None,
+    threads: int | None = None,
 ) -> ConvertResult:
-    """Convert the checkpoint folder `checkpoint` to the GGUF file `out`.
+    """Convert the checkpoint folder `checkpoint` to the GGUF file `out`, in one pass.
 
-    `out` defaults to NAME-TYPE.gguf in the current folder. `outtype` is the type of the matrices:
-    "auto" takes the checkpoint's own; norms, routers and biases are always F32. `force` replaces an
-    existing file. Weights beyond the type's range are refused, or limited to it with `clamp`.
+    `out` defaults to NAME-TYPE.gguf in the current folder. `outtype` is a level, e.g. "q4_k_m", or
+    "auto", the checkpoint's own type; a `recipe`, by name or file, has its own level. Norms,
+    routers and biases are always F32. Levels that quantize need the patched llama-cpp-python, and
+    give what its llama-quantize gives; `imatrix` is the file of an importance matrix. `force`
+    replaces an existing file. Weights beyond a float type's range are refused, or limited to it
+    with `clamp`. With `split_max_size` (bytes) the output is split between tensors into
+    OUT-00001-of-0000N.gguf.
 
-    Raises MegrezError: ConfigError, CheckpointError, TokenizerError or OutputError, each naming
-    the file and tensor. Whatever happens, nothing incomplete is left behind.
+    Raises MegrezError: ConfigError, CheckpointError, TokenizerError, OutputError, or
+    RuntimeUnavailableError, each naming the file and tensor. Whatever happens, nothing incomplete
+    is left behind.
     """
-    folder = Path(checkpoint)
-    if outtype not in OUT_TYPES:
-        raise ConfigError(f"outtype {outtype!r}: expected one of {', '.join(OUT_TYPES)}")
+    plan = plan_convert(checkpoint, out, outtype, imatrix, recipe, split_max_size)
+    return plan.run(force, clamp, threads, progress)
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    level: str,
+    force: bool = False,
+    progress: Progress | None = None,
+    *,
+    imatrix: str | os.PathLike[str] | Imatrix | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    split_max_size: int | None = None,
+    threads: int | None = None,
+) -> ConvertResult:
+    """Write the unquantized GGUF file `source` at `level` as `out`; the rest is as in `convert`."""
+    plan = plan_quantize(source, out, level, imatrix, recipe, split_max_size)
+    return plan.run(force, threads=threads, progress=progress)
+
+
+def plan_convert(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    outtype: str = "auto",
+    imatrix: str | os.PathLike[str] | Imatrix | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    split_max_size: int | None = None,
+) -> Conversion:
+    """All of `convert` but reading and writing the weights. Raises as it does."""
+    mix = _recipe(outtype, recipe)
+    source = _checkpoint(Path(checkpoint))
+    if mix is None:
+        mix = _own_level(source)
+    needs_llama_cpp = mix.level not in levels.FLOATS
+    return _plan(source, out, mix, imatrix, split_max_size, needs_llama_cpp)
+
+
+def plan_quantize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    level: str,
+    imatrix: str | os.PathLike[str] | Imatrix | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    split_max_size: int | None = None,
+) -> Conversion:
+    """All of `quantize` but reading and writing the weights. Raises as it does."""
+    mix = _recipe(level, recipe)
+    model = _gguf(Path(source))
+    return _plan(model, out, mix or _own_level(model), imatrix, split_max_size, True)
+
+
+# --- sources -----------------------------------------------------------------------------------
+
+
+def _checkpoint(folder: Path) -> _Source:
     config = ModelConfig.from_folder(folder)
     source = Checkpoint.open(folder)
     plan = layout.plan(config, source)
-    main = ENCODINGS[_own_type(plan) if outtype == "auto" else outtype.upper()]
     vocabulary = read_vocabulary(folder, config.vocab_size)
-    written = [_Written(t, _encoding(t, main)) for t in plan.targets]
-
-    parameters = sum(w.target.size for w in written)
-    raw_config = read_object(folder / "config.json", ConfigError) or {}
+    if plan.tied_copy:
+        _check_equal(*plan.tied_copy)
+    parameters = sum(t.size for t in plan.targets)
     generation = read_object(folder / "generation_config.json", ConfigError) or {}
+    general = metadata.general(
+        folder, config, read_object(folder / "config.json", ConfigError) or {}, parameters
+    )
     values = {
-        **metadata.general(folder, config, raw_config, parameters, main.file_type),
+        **general,
         **metadata.architecture(config),
         **metadata.sampling(generation),
         **vocabulary.key_values(),
     }
-    path = Path(out) if out is not None else Path(f"{values['general.name']}-{main.name}.gguf")
-    _check_output(path, force, source)
-    if plan.tied_copy:
-        _check_equal(*plan.tied_copy)
 
-    writer = _Writer(source, plan, written, clamp, progress)
-    with _atomic(path, force) as temporary:
-        header = _write_header(temporary, values, written)
-        _check_space(path, header, writer.total)
-        with temporary.open("ab") as file:
-            writer.run(file)
+    def check(consumed: Sequence[str]) -> None:
         source.check_unchanged()
-        layout.check_ledger(source, plan, writer.consumed)
-        nbytes = temporary.stat().st_size
+        layout.check_ledger(source, plan, consumed)
 
-    fallbacks = tuple(w.target.name for w in written if not w.target.f32 and w.encoding != main)
-    warnings = [*source.notes, *vocabulary.warnings]
-    warnings += _remarks(config, plan, vocabulary.padding, main, writer, fallbacks)
-    return ConvertResult(
-        path, main.name, len(written), parameters, nbytes, writer.loss.flushed,
-        writer.loss.overflow, fallbacks, tuple(warnings),
-    )  # fmt: skip
+    return _Source(
+        str(general["general.name"]),
+        tuple(
+            Item(t.name, t.shape, t.sources, encoding(_commonest(t.sources))) for t in plan.targets
+        ),
+        frozenset(t.name for t in plan.targets if t.f32),
+        values,
+        tuple(shard.path for shard in source.shards),
+        check,
+        (*source.notes, *vocabulary.warnings, *_remarks(config, plan, vocabulary.padding)),
+    )
 
 
-# --- planning ----------------------------------------------------------------------------------
+def _gguf(path: Path) -> _Source:
+    file = GGUFFile.open(path)
+    arch = file.values.get("general.architecture")
+    if arch != metadata.ARCH:
+        raise GGUFError(f"{path}: general.architecture is {arch!r}; expected {metadata.ARCH!r}")
+    dropped = {*SPLIT, HASHES, "general.alignment"}
+    items = tuple(
+        Item(
+            t.name,
+            t.shape,
+            (Tensor(t.name, t.type, t.shape, t.shard, t.begin, t.nbytes),),
+            encoding(t.type),
+        )
+        for t in file.tensors
+    )
+
+    def check(consumed: Sequence[str]) -> None:
+        for shard in file.shards:
+            shard.check_unchanged()
+
+    return _Source(
+        str(file.values.get("general.name") or path.stem),
+        items,
+        frozenset(),
+        {key: value for key, value in file.raw.items() if key not in dropped},
+        tuple(shard.path for shard in file.shards),
+        check,
+    )
 
 
-def _own_type(plan: Plan) -> str:
+def _commonest(tensors: Sequence[Tensor]) -> str:
+    return Counter(t.dtype for t in tensors).most_common(1)[0][0]
+
+
+def _own_level(source: _Source) -> Recipe:
     """The type most of the matrices' elements are stored in."""
     count: Counter[str] = Counter()
-    for target in plan.targets:
-        if not target.f32:
-            for tensor in target.sources:
+    for item in source.tensors:
+        if item.name not in source.f32:
+            for tensor in item.sources:
                 count[tensor.dtype] += tensor.size
-    return count.most_common(1)[0][0]
+    level = count.most_common(1)[0][0].lower()
+    return Recipe(level, level)
 
 
-def _encoding(target: Target, main: Encoding) -> Encoding:
-    if target.f32:
-        return ENCODINGS["F32"]
-    if target.shape[-1] % main.block:
-        return ENCODINGS["F16"]
-    return main
-
-
-def _remarks(
-    config: ModelConfig,
-    plan: Plan,
-    padding: int,
-    main: Encoding,
-    writer: _Writer,
-    fallbacks: tuple[str, ...],
-) -> Iterator[str]:
+def _remarks(config: ModelConfig, plan: Plan, padding: int) -> Iterator[str]:
     if config.unknown_fields:
         yield f"config.json has fields nobody here knows: {', '.join(config.unknown_fields)}"
     if padding:
         yield f"the vocabulary was padded by {padding} unused tokens to vocab_size"
     for reason, count in Counter(plan.skipped.values()).items():
         yield f"{count} tensors left out: {reason}"
-    if fallbacks:
-        yield (
-            f"{len(fallbacks)} tensors have rows that are no multiple of {main.block} and are "
-            f"stored as F16: {', '.join(fallbacks[:3])}{', ...' if len(fallbacks) > 3 else ''}"
-        )
-    if writer.loss.flushed:
-        yield f"{writer.loss.flushed} weights are too small for F16 and became zero"
-    if writer.loss.overflow:
-        yield f"{writer.loss.overflow} weights were beyond the range of the type and were limited"
 
 
 def _check_equal(head: Tensor, embeddings: Tensor) -> None:
@@ -186,166 +389,99 @@ def _check_equal(head: Tensor, embeddings: Tensor) -> None:
         )
 
 
-# --- writing -----------------------------------------------------------------------------------
+# --- planning ----------------------------------------------------------------------------------
 
 
-def _write_header(path: Path, values: metadata.KeyValues, written: list[_Written]) -> int:
-    """Write magic, key-values and tensor table, padded to the first tensor; return the size."""
-    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
-
-    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32}
-    kinds |= {float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
-    writer = GGUFWriter(path, metadata.ARCH)
-    for key, value in values.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            writer.add_key_value(key, value, kinds[type(value)])
-    for item in written:
-        writer.add_tensor_info(
-            item.target.name,
-            item.target.shape,
-            np.dtype(np.float32),
-            item.nbytes,
-            GGMLQuantizationType(item.encoding.number),
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with path.open("ab") as file:
-        file.write(bytes(-file.tell() % ALIGNMENT))
-        return file.tell()
+def _recipe(outtype: str, mix: str | os.PathLike[str] | Recipe | None) -> Recipe | None:
+    """What is asked for; None for the source's own type."""
+    if mix is not None:
+        if outtype != "auto":
+            raise ConfigError(f"a recipe has its own level; leave {outtype!r} out")
+        return mix if isinstance(mix, Recipe) else recipe.load(mix)
+    if outtype == "auto":
+        return None
+    level = levels.canonical(outtype)
+    return Recipe(level, level)
 
 
-class _Writer:
-    """Streams every tensor once, chunk by chunk."""
-
-    def __init__(
-        self,
-        source: Checkpoint,
-        plan: Plan,
-        written: list[_Written],
-        clamp: bool,
-        progress: Progress | None,
-    ) -> None:
-        self.written, self.clamp, self.progress = written, clamp, progress
-        self.total = sum(-(-w.nbytes // ALIGNMENT) * ALIGNMENT for w in written)
-        self.done = 0
-        self.loss = Loss()
-        self.consumed: list[str] = []
-
-    def run(self, file: BinaryIO) -> None:
-        for item in self.written:
-            loss = Loss()
-            for tensor in item.target.sources:
-                self._stream(file, tensor, item.encoding, loss)
-                self.consumed.append(tensor.name)
-            self._put(file, bytes(-item.nbytes % ALIGNMENT))
-            if loss.overflow and not self.clamp:
-                name = item.encoding.name
-                raise CheckpointError(
-                    f"tensor {item.target.name}: {loss.overflow} weights are beyond the range of "
-                    f"{name} and would become infinite; use --outtype bf16 or f32, or --clamp to "
-                    f"limit them (`megrez-gguf inspect` counts them in all tensors)"
-                )
-            self.loss += loss
-
-    def _stream(self, file: BinaryIO, tensor: Tensor, encoding: Encoding, loss: Loss) -> None:
-        position = 0
-        for raw in tensor.chunks(multiple=encoding.block):
-            bad = encode.first_non_finite(raw)
-            if bad is not None:
-                index = tuple(int(i) for i in np.unravel_index(position + bad, tensor.shape))
-                raise CheckpointError(
-                    f"{tensor.shard.path}: tensor {tensor.name}: "
-                    f"{float(encode.to_f32(raw)[bad])} at {list(index)}; weights must be finite"
-                )
-            position += raw.size
-            if tensor.dtype == encoding.name:
-                self._put(file, raw)
-                continue
-            values = encode.to_f32(raw)
-            if tensor.dtype != "F16":
-                lost = encode.count_loss(values, encoding)
-                if lost.overflow:
-                    values = np.clip(values, -encoding.limit, encoding.limit)
-                loss += lost
-            self._put(file, encoding.encode(values))
-
-    def _put(self, file: BinaryIO, data: Any) -> None:
-        file.write(data)
-        self.done += memoryview(data).nbytes
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
-def _check_output(path: Path, force: bool, source: Checkpoint) -> None:
-    # os.path, because pathlib raises for names the system cannot have.
-    if not os.path.isdir(path.parent):  # noqa: PTH112
-        raise OutputError(f"{path}: the folder {path.parent} does not exist")
-    if os.path.isdir(path):  # noqa: PTH112
-        raise OutputError(f"{path}: is a folder; give the name of a file")
-    if not os.path.lexists(path):
-        return
-    if not force:
-        raise OutputError(f"{path}: exists; use --force to replace it")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path}: is not a regular file")
-    if path.exists() and any(path.samefile(shard.path) for shard in source.shards):
-        raise OutputError(f"{path}: is part of the checkpoint; choose another output")
-
-
-def _check_space(path: Path, header: int, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OutputError(
-            f"{path}: needs {header + needed} bytes and the disk has {free + header} left"
-        )
-
-
-@contextmanager
-def _atomic(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name at the end, or vanishes."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=".megrez-gguf-", suffix=".part", dir=path.parent)
-        os.close(handle)
-    except OSError as e:
-        raise OutputError(f"{path}: cannot be written: {e.strerror}") from None
-    temporary = Path(name)
-    try:
-        yield temporary
-        _commit(temporary, path, force)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path}: the disk is full; nothing was left behind") from None
-        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _commit(temporary: Path, path: Path, force: bool) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    # mkstemp makes files for the owner only; the output gets the permissions of any new file.
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
-    if force:
-        temporary.replace(path)
+def _plan(
+    source: _Source,
+    out: str | os.PathLike[str] | None,
+    mix: Recipe,
+    weights: str | os.PathLike[str] | Imatrix | None,
+    split_max_size: int | None,
+    ask_llama_cpp: bool,
+) -> Conversion:
+    level = mix.level
+    levels.check_weighted(level, weights is not None)
+    if weights is not None and not isinstance(weights, Imatrix):
+        weights = imatrix.load(Path(weights))
+    values = {**source.values, "general.file_type": levels.file_type(level)}
+    if mix.types:
+        values[RECIPE] = mix.name
+    if weights is not None:
+        values |= weights.key_values()
+    if ask_llama_cpp:
+        infos = [TensorInfo(i.name, i.shape, i.encoding.number, i.nbytes) for i in source.tensors]
+        types = choose_types(values, infos, level, weights is not None, mix.types)
+        chosen, wanted = types.chosen, types.wanted
     else:
-        try:
-            # Unlike a rename, a link never replaces a file that appeared in the meantime.
-            os.link(temporary, path)
-        except FileExistsError:
-            raise OutputError(f"{path}: exists; use --force to replace it") from None
-        except OSError:
-            if path.exists():
-                raise OutputError(f"{path}: exists; use --force to replace it") from None
-            temporary.replace(path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):
-            os.fsync(folder)
-        os.close(folder)
+        chosen, wanted = {i.name: level.upper() for i in source.tensors}, {}
+    items = tuple(
+        replace(i, encoding=encoding("F32" if i.name in source.f32 else chosen[i.name]))
+        for i in source.tensors
+    )
+    quantized = [i for i in items if i.encoding.name not in encode.FLOATS]
+    mix.check_matches(i.name for i in quantized)
+    _check_requantized(items)
+    importance = weights.means_for(items) if weights else {}
+    fallbacks = tuple(_fallback(i, wanted[i.name]) for i in items if i.name in wanted)
+    name = mix.name if mix.types else level.upper()
+    path = Path(out) if out is not None else Path(f"{source.name}-{name}.gguf")
+    return Conversion(
+        source, level, path, items, values, fallbacks, importance, split_max_size,
+        (*source.warnings, *_fallback_remark(fallbacks)),
+    )  # fmt: skip
+
+
+def _check_requantized(items: Sequence[Item]) -> None:
+    for item in items:
+        for tensor in item.sources:
+            if tensor.dtype not in RAW_DTYPE and tensor.dtype != item.encoding.name:
+                raise GGUFError(
+                    f"{tensor.shard.path}: tensor {tensor.name} is {tensor.dtype} already; to "
+                    f"quantize it once more to {item.encoding.name} would add to its error. Start "
+                    "from an f32, bf16 or f16 file, or from the checkpoint"
+                )
+
+
+def _fallback(item: Item, wanted: str) -> Fallback:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_number(wanted))]
+    size = sum(t.size for t in item.sources)
+    extra = item.nbytes - round(size / block * nbytes)
+    return Fallback(item.name, wanted, item.encoding.name, item.nbytes, extra)
+
+
+def _fallback_remark(fallbacks: Sequence[Fallback]) -> Iterator[str]:
+    if fallbacks:
+        kinds = sorted({f"{f.wanted} -> {f.got}" for f in fallbacks})
+        names = ", ".join(f.tensor for f in fallbacks[:3])
+        yield (
+            f"{len(fallbacks)} tensors have rows that do not fill the blocks of their type "
+            f"({', '.join(kinds)}): {names}{', ...' if len(fallbacks) > 3 else ''}"
+        )
+
+
+def _lost(done: Outcome) -> Iterator[str]:
+    if done.loss.flushed:
+        yield f"{done.loss.flushed} weights are too small for F16 and became zero"
+    if done.loss.overflow:
+        yield f"{done.loss.overflow} weights were beyond the range of the type and were limited"
+
+
+def _split_values(number: int, count: int, tensors: int) -> KeyValues:
+    """In the types that llama.cpp reads them in: two uint16 and an int32."""
+    packed = (("<IH", 2, number), ("<IH", 2, count), ("<Ii", 5, tensors))
+    return {key: RawValue(struct.pack(*value)) for key, value in zip(SPLIT, packed, strict=True)}

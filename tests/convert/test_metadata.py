@@ -148,7 +148,7 @@ def test_yarn_is_what_transformers_computes(extra: dict[str, Any]) -> None:
 
 
 def general(folder: Path, raw: dict[str, Any] | None = None) -> dict[str, Any]:
-    return metadata.general(folder, config(), raw or {}, 7_500_000_000, 32)
+    return metadata.general(folder, config(), raw or {}, 7_500_000_000)
 
 
 def test_name_and_size_from_the_folder(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_name_and_size_from_the_folder(tmp_path: Path) -> None:
     assert values["general.basename"] == "Megrez2"
     assert values["general.size_label"] == "3x7B-A3B"
     assert values["general.finetune"] == "Preview"
-    assert values["general.file_type"] == 32
+    assert values["general.architecture"] == "megrez-moe"
     assert "general.license" not in values
     assert "general.source.url" not in values
 

@@ -1,24 +1,26 @@
 """Every level is made, of the types llama.cpp gives it, and leaves nothing behind."""
 
+import ctypes
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from make_checkpoint import POCKET as RANDOM
 from make_checkpoint import make_checkpoint
-from megrez_gguf import convert
+from megrez_gguf import convert, quantize, quantizer
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError
 from megrez_gguf.gguf_file import GGUFFile
-from megrez_parity import imatrix, levels
+from megrez_gguf.pipeline import Fallback
+from megrez_parity import imatrix
 from megrez_parity.engine import Engine
 from megrez_parity.imatrix import Imatrix, collect
-from megrez_parity.levels import KNOWN, LEVELS, Made, Maker, check, level_of, quantize, types_of
-from megrez_parity.results import Fallback
+from megrez_parity.levels import KNOWN, LEVELS, Made, Maker, check, level_of, types_of
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
 CONTEXT = 64
@@ -39,8 +41,7 @@ def windows() -> list[NDArray[np.int32]]:
 
 @pytest.fixture
 def maker(tmp_path: Path, windows: list[NDArray[np.int32]]) -> Iterator[Maker]:
-    with Maker(POCKET, tmp_path, calibration=windows[:3]) as maker:
-        yield maker
+    yield Maker(POCKET, tmp_path, calibration=windows[:3])
     assert not list(tmp_path.iterdir())
 
 
@@ -80,7 +81,7 @@ def test_default_levels(
         assert error(made, exact, windows[3]) < 0.2  # of noise, the hardest of texts
         tensors = {tensor.name: tensor for tensor in GGUFFile.open(made.path).tensors}
         assert sum(types_of(made.path).values()) == sum(t.nbytes for t in tensors.values())
-        assert level_of(made.path) == level.removesuffix("+imatrix")
+        assert level_of(made.path) == level
         fallen = {fallback.tensor: fallback for fallback in made.fallbacks}
         assert fallen.keys() == (misfits(made.path) if level in K_LEVELS else set())
         for name, fallback in fallen.items():
@@ -110,7 +111,7 @@ def test_fallbacks_of_the_pocket_widths(maker: Maker) -> None:
 
 def test_the_converters_fallbacks(tmp_path: Path) -> None:
     make_checkpoint(RANDOM | {"num_hidden_layers": 2, "intermediate_size": 48}, tmp_path / "c")
-    with Maker(tmp_path / "c", tmp_path) as maker, maker.make("q8_0") as made:
+    with Maker(tmp_path / "c", tmp_path).make("q8_0") as made:
         size = 48 * 256
         # 16 bits a weight instead of 8.5
         assert made.fallbacks == [
@@ -133,11 +134,7 @@ def test_the_converters_fallbacks(tmp_path: Path) -> None:
 def test_levels_that_cannot_be_made(level: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         check(level)
-    with (
-        Maker(POCKET, tmp_path) as maker,
-        pytest.raises(ConfigError, match=message),
-        maker.make(level),
-    ):
+    with pytest.raises(ConfigError, match=message), Maker(POCKET, tmp_path).make(level):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -154,25 +151,21 @@ def test_nothing_to_calibrate_on(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=expected):
         check("q2_k+imatrix", calibrated=False)
     check("q2_k", calibrated=False)
-    with Maker(POCKET, tmp_path) as maker, pytest.raises(ConfigError, match=expected):
-        maker.make("q2_k+imatrix").__enter__()
+    with pytest.raises(ConfigError, match=expected):
+        Maker(POCKET, tmp_path).make("q2_k+imatrix").__enter__()
 
 
-def test_what_levels_share_is_made_once(
-    tmp_path: Path, windows: list[NDArray[np.int32]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_levels_share_is_made_once(tmp_path: Path, windows: list[NDArray[np.int32]]) -> None:
     said: list[str] = []
-    with Maker(POCKET, tmp_path, said.append, windows) as maker:
-        for level in ("q4_0", "q4_0+imatrix", "q2_k+imatrix", "f16"):
-            with maker.make(level) as made:
-                beside = {path.name for path in tmp_path.iterdir()} - {made.path.name}
-                assert beside == {"source.gguf"}
+    maker = Maker(POCKET, tmp_path, said.append, windows)
+    for level in ("q4_0", "q4_0+imatrix", "q2_k+imatrix", "f16"):
+        with maker.make(level) as made:
+            assert [path.name for path in tmp_path.iterdir()] == [made.path.name]
     assert said == [
-        "converting, for the quantizer",
-        "q4_0: quantizing",
+        "q4_0: converting",
         "importance matrix: 4 windows in llama.cpp",
-        "q4_0+imatrix: quantizing",
-        "q2_k+imatrix: quantizing",
+        "q4_0+imatrix: converting",
+        "q2_k+imatrix: converting",
         "f16: converting",
     ]
     assert not list(tmp_path.iterdir())
@@ -194,28 +187,28 @@ def test_the_file_is_removed_after_an_error(level: str, maker: Maker) -> None:
 
 
 def test_an_importance_matrix_from_a_file_is_taken(
-    tmp_path: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, maker: Maker, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with maker.make("q4_0") as plain, maker.make("q4_0+imatrix") as weighted:
         plain_bytes, collected = plain.path.read_bytes(), weighted.path.read_bytes()
-        source = tmp_path / "source.gguf"
-        neutral = {
-            tensor.name: np.ones((math.prod(tensor.shape[:-2]), tensor.shape[-1]), np.float32)
-            for tensor in GGUFFile.open(source).tensors
-            if len(tensor.shape) > 1
-        }
+    shapes = {
+        tensor.name: (math.prod(tensor.shape[:-2]), tensor.shape[-1])
+        for tensor in GGUFFile.open(source).tensors
+        if len(tensor.shape) > 1
+    }
     assert plain_bytes != collected
     read = []
 
     def load(path: Path) -> Imatrix:
         read.append(path)
-        return Imatrix(neutral, {})
+        sums = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        return Imatrix(sums, {name: np.ones(s[0], np.int64) for name, s in shapes.items()})
 
     monkeypatch.setattr(imatrix, "load", load)
     folder = tmp_path / "other"
     folder.mkdir()
     other = Maker(POCKET, folder, imatrix_file=Path("some.gguf"))
-    with other, other.make("q4_0+imatrix") as made:
+    with other.make("q4_0+imatrix") as made:
         assert made.path.read_bytes() not in (plain_bytes, collected)
     assert read == [Path("some.gguf")]
     folder.rmdir()
@@ -225,43 +218,48 @@ def test_an_importance_matrix_from_a_file_is_taken(
 def test_an_importance_matrix_of_another_model(
     fault: str, source: Path, windows: list[NDArray[np.int32]], tmp_path: Path
 ) -> None:
-    weights = collect(source, windows[:1], CONTEXT)
-    name = "blk.4.ffn_down_exps.weight"
-    means = weights.means.pop(name)
-    found = {"columns": means[:, 1:], "experts": means[:8]}
+    collected = collect(source, windows[:1], CONTEXT)
+    sums, name = dict(collected.sums), "blk.4.ffn_down_exps.weight"
+    total = sums.pop(name)
+    found = {"columns": total[:, 1:], "experts": total[:8]}
     if fault in found:
-        weights.means[name] = found[fault]
-    shape = {"absent": "nothing", "columns": r"\(16, 63\)", "experts": r"\(8, 64\)"}[fault]
-    expected = rf"of another model: for {name} it has {shape}, expected \(16, 64\)"
-    with pytest.raises(ConfigError, match=expected):
-        quantize(source, tmp_path / "x.gguf", "q4_0", weights)
+        sums[name] = found[fault]
+    expected = {
+        "absent": f"it has nothing for {name}",
+        "columns": rf"for {name} it has \(16, 63\), expected \(16, 64\)",
+        "experts": rf"for {name} it has \(8, 64\), expected \(16, 64\)",
+    }[fault]
+    counts = {n: collected.counts[n][: len(total)] for n, total in sums.items()}
+    weights = Imatrix(sums, counts)
+    with pytest.raises(ConfigError, match=f"of another model: {expected}"):
+        quantize(source, tmp_path / "x.gguf", "q4_0", imatrix=weights)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"),
+    ("name", "pattern"),
     [
-        ("(?P<tensor>never)", "counts 3 fallbacks, and 0 are named in its log"),
-        (
-            r"warning: (?P<tensor>\S+).*type +(?P<got>(?P<wanted>\S+))\)",
-            r"blk\.0\.ffn_down\.weight was to fall back to q4_K, but is Q5_0",
-        ),
+        ("_FALLBACK", "(?P<tensor>never)"),
+        ("_FALLBACK", r"warning: (?P<tensor>\S+).*type +(?P<got>(?P<wanted>\S+))\)"),
+        ("_TYPE", "(?P<name>never)"),
+        ("_TYPE", r"(?P<name>blk\.0\S+) .*type = +(?P<own>\S+),(?P<new>)"),
     ],
-    ids=["unread", "misread"],
+    ids=["no fallback", "fallback misread", "no type", "too few types"],
 )
 def test_a_log_that_is_not_understood(
-    pattern: str, message: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, pattern: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(levels, "_FALLBACK", re.compile(pattern))
-    with pytest.raises(OutputError, match=message):
+    monkeypatch.setattr(quantizer, name, re.compile(pattern))
+    with pytest.raises(OutputError, match="does not report the types it chose as expected"):
         quantize(source, tmp_path / "x.gguf", "q4_k_m")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_quantizer_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"quantizing nowhere\.gguf to q4_0 failed: "):
-        quantize(tmp_path / "nowhere.gguf", tmp_path / "out.gguf", "q4_0")
-    assert not list(tmp_path.iterdir())
+def test_a_failing_quantizer_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    bad = with_value(source, tmp_path / "bad.gguf", "megrez-moe.expert_used_count", 99)
+    with pytest.raises(OutputError, match=r"llama.cpp cannot quantize this model to q4_0: "):
+        quantize(bad, tmp_path / "out.gguf", "q4_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
 
 
 def with_value(source: Path, target: Path, key: str, value: int) -> Path:
@@ -279,12 +277,24 @@ def test_level_of_other_files(source: Path, tmp_path: Path) -> None:
         assert level_of(path) == level
 
 
-def made_by_llama_cpp(source: Path, target: Path, kind: str, weights: Imatrix | None) -> str:
+def made_by_llama_cpp(
+    source: Path, target: Path, number: int, weights: dict[str, NDArray[np.float32]] | None
+) -> str:
     """Why the quantizer refuses or the file cannot be read, or "" for a file that loads."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = number
+    if weights:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(weights) + 1))()
+        for entry, (name, values) in zip(entries, weights.items(), strict=False):
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = ctypes.cast(entries, type(params.imatrix))
+    names = str(source).encode(), str(target).encode()
+    if llama_cpp.llama_model_quantize(*names, ctypes.byref(params)):
+        return "refused"
     try:
-        quantize(source, target, kind, weights)
         GGUFFile.open(target)
-    except (GGUFError, OutputError) as e:
+    except GGUFError as e:
         return str(e)
     with Engine(target, CONTEXT) as engine:
         assert np.isfinite(engine.logits(np.arange(CONTEXT, dtype=np.int32))).all()
@@ -296,15 +306,15 @@ def test_the_levels_are_those_llama_cpp_can_make(
     source: Path, tmp_path: Path, windows: list[NDArray[np.int32]]
 ) -> None:
     """All its file types, with and without an importance matrix: known, or refused, or the same."""
-    weights = collect(source, windows, CONTEXT)
-    for kind in levels._file_types().keys() - {*levels.CONVERTED}:
+    weights = collect(source, windows, CONTEXT).means
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    names = [name for name in vars(llama_cpp) if name.startswith(prefix)]
+    assert len(names) > 30
+    for name in names:
+        kind, number = name.removeprefix(prefix).lower(), getattr(llama_cpp, name)
         plain, weighted = tmp_path / "plain.gguf", tmp_path / "weighted.gguf"
-        without = made_by_llama_cpp(source, plain, kind, None)
-        given = made_by_llama_cpp(source, weighted, kind, weights)
+        without = made_by_llama_cpp(source, plain, number, None)
+        given = made_by_llama_cpp(source, weighted, number, weights)
         assert (kind in KNOWN) == (not without), (kind, without)
         useful = not given and (without or plain.read_bytes() != weighted.read_bytes())
         assert (kind + "+imatrix" in KNOWN) == bool(useful), (kind, given)
-    for kind in levels.CONVERTED:
-        quantize(source, tmp_path / "plain.gguf", kind)
-        quantize(source, tmp_path / "weighted.gguf", kind, weights)
-        assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "weighted.gguf").read_bytes()

@@ -16,10 +16,9 @@ import torch
 from native_tools import run_native
 from numpy.typing import NDArray
 
-from megrez_gguf import convert
+from megrez_gguf import convert, quantize
 from megrez_gguf.config import ModelConfig
 from megrez_parity.engine import Engine
-from megrez_parity.levels import quantize
 from megrez_parity.metrics import Comparison
 from megrez_parity.reference import CheckpointWeights, forward
 from megrez_parity.results import Metrics

@@ -17,12 +17,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from traces import LENGTH, VARIANTS, WINDOWS, model
 
-from megrez_gguf import convert
+from megrez_gguf import convert, quantize
 from megrez_gguf.config import ModelConfig
 from megrez_parity import routing, tracing
 from megrez_parity.audit import audit
 from megrez_parity.engine import Engine
-from megrez_parity.levels import quantize
 from megrez_parity.results import LayerRouting, TracePoint
 from megrez_parity.stream import StoredReference
 
