@@ -74,7 +74,7 @@ def test_every_level(
     assert run("parity", checkpoint, "--ctx", 64, "--windows", 2, "--json") == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
-    assert "quantizing" in printed.err
+    assert "converting" in printed.err
     assert [level["level"] for level in report["levels"]] == list(LEVELS)
     assert len(LEVELS) == 20
     assert report["passed"]

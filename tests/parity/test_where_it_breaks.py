@@ -101,7 +101,7 @@ def test_quantizing_turns_ties_round(level: str, agree: float, pocket: Pocket) -
     source = pocket.folder / "source.gguf"
     if not source.exists():
         convert(POCKET, source, outtype="bf16")
-    quantize(source, pocket.folder / "quantized.gguf", level)
+    quantize(source, pocket.folder / "quantized.gguf", level, force=True)
     layers, beyond = pocket.judge(pocket.folder / "quantized.gguf", F32)
     assert all(agree < x.identical.value < 0.95 for x in layers)
     assert not any(x.unfaithful for x in layers)  # routers stay F32
