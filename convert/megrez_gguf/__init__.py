@@ -1,7 +1,7 @@
 """Megrez2 checkpoints to GGUF.
 
-`convert(checkpoint, ...)`, `quantize(file, ...)` and `inspect(path)` are loaded on first use, so
-that importing this package costs nothing.
+`convert(checkpoint, ...)`, `quantize(file, ...)`, `verify(file, ...)` and `inspect(path)` are
+loaded on first use, so that importing this package costs nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megrez_gguf.inspection import inspect
     from megrez_gguf.pipeline import convert, quantize
+    from megrez_gguf.verification import verify
 
-__all__ = ["convert", "inspect", "quantize"]
+__all__ = ["convert", "inspect", "quantize", "verify"]
 
 # No module here may be called after a function below: importing `megrez_gguf.convert` as a module
 # would replace the function of that name.
@@ -21,6 +22,7 @@ _EXPORTS = {
     "convert": "megrez_gguf.pipeline",
     "inspect": "megrez_gguf.inspection",
     "quantize": "megrez_gguf.pipeline",
+    "verify": "megrez_gguf.verification",
 }
 
 

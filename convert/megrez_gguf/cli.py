@@ -165,6 +165,44 @@ def quantize(
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="GGUF file, or the first part of a split one.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Folder with config.json and safetensors.")
+    ] = None,
+    imatrix: ImatrixOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every tensor of a file against its recorded hash and its checkpoint.
+
+    Without CHECKPOINT, tells damage since the file was written. With it, encodes every tensor anew
+    and compares byte for byte, for files of any program. Exits 1 where anything differs.
+
+    \b
+    Examples:
+      megrez-gguf verify megrez2-q4.gguf
+      megrez-gguf verify megrez2-q4.gguf Megrez2-3x7B-A3B
+    """
+    from megrez_gguf.verification import verify as run
+
+    with _progress("Verifying") as progress:
+        result = run(path, checkpoint, imatrix, progress)
+    for note in result.notes:
+        _say(f"warning: {note}")
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result), default=str))
+    else:
+        for failure in result.failures:
+            typer.echo(failure)
+        typer.echo(
+            f"{result.tensors} tensors: {result.hashed} held against their recorded hash, "
+            f"{result.compared} against the checkpoint; {len(result.failures)} differences"
+        )
+    if result.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
 def imatrix(
     model: Annotated[Path, typer.Argument(help="GGUF file to run.")],
     text: Annotated[list[Path], typer.Argument(help="UTF-8 texts.")],

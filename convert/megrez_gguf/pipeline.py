@@ -74,7 +74,7 @@ class ConvertResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """A model as it is stored: what a conversion starts from."""
 
     name: str
@@ -82,7 +82,9 @@ class _Source:
     f32: frozenset[str]
     values: KeyValues
     inputs: tuple[Path, ...]
-    check: Callable[[Sequence[str]], None]  # after reading, with the names of what was read
+    check: Callable[[Sequence[str] | None], None]
+    """Raises if the files changed while they were read; or, given the names of all tensors that
+    were, if those are not each of them once."""
     warnings: tuple[str, ...] = ()
 
 
@@ -90,7 +92,7 @@ class _Source:
 class Conversion:
     """A conversion, planned: every name, shape and type is settled, and nothing is written yet."""
 
-    source: _Source
+    source: Source
     level: str
     path: Path
     items: tuple[Item, ...]
@@ -262,7 +264,7 @@ def plan_convert(
 ) -> Conversion:
     """All of `convert` but reading and writing the weights. Raises as it does."""
     mix = _recipe(outtype, recipe)
-    source = _checkpoint(Path(checkpoint))
+    source = read_checkpoint(Path(checkpoint))
     if mix is None:
         mix = _own_level(source)
     needs_llama_cpp = mix.level not in levels.FLOATS
@@ -286,7 +288,8 @@ def plan_quantize(
 # --- sources -----------------------------------------------------------------------------------
 
 
-def _checkpoint(folder: Path) -> _Source:
+def read_checkpoint(folder: Path) -> Source:
+    """The model in a checkpoint folder. Raises as `convert` does."""
     config = ModelConfig.from_folder(folder)
     source = Checkpoint.open(folder)
     plan = layout.plan(config, source)
@@ -305,11 +308,12 @@ def _checkpoint(folder: Path) -> _Source:
         **vocabulary.key_values(),
     }
 
-    def check(consumed: Sequence[str]) -> None:
+    def check(consumed: Sequence[str] | None) -> None:
         source.check_unchanged()
-        layout.check_ledger(source, plan, consumed)
+        if consumed is not None:
+            layout.check_ledger(source, plan, consumed)
 
-    return _Source(
+    return Source(
         str(general["general.name"]),
         tuple(
             Item(t.name, t.shape, t.sources, encoding(_commonest(t.sources))) for t in plan.targets
@@ -322,7 +326,7 @@ def _checkpoint(folder: Path) -> _Source:
     )
 
 
-def _gguf(path: Path) -> _Source:
+def _gguf(path: Path) -> Source:
     file = GGUFFile.open(path)
     arch = file.values.get("general.architecture")
     if arch != metadata.ARCH:
@@ -338,11 +342,11 @@ def _gguf(path: Path) -> _Source:
         for t in file.tensors
     )
 
-    def check(consumed: Sequence[str]) -> None:
+    def check(consumed: Sequence[str] | None) -> None:
         for shard in file.shards:
             shard.check_unchanged()
 
-    return _Source(
+    return Source(
         str(file.values.get("general.name") or path.stem),
         items,
         frozenset(),
@@ -356,7 +360,7 @@ def _commonest(tensors: Sequence[Tensor]) -> str:
     return Counter(t.dtype for t in tensors).most_common(1)[0][0]
 
 
-def _own_level(source: _Source) -> Recipe:
+def _own_level(source: Source) -> Recipe:
     """The type most of the matrices' elements are stored in."""
     count: Counter[str] = Counter()
     for item in source.tensors:
@@ -405,7 +409,7 @@ def _recipe(outtype: str, mix: str | os.PathLike[str] | Recipe | None) -> Recipe
 
 
 def _plan(
-    source: _Source,
+    source: Source,
     out: str | os.PathLike[str] | None,
     mix: Recipe,
     weights: str | os.PathLike[str] | Imatrix | None,
