@@ -26,7 +26,7 @@ import typer.core
 from megrez_gguf.errors import MegrezError
 
 if TYPE_CHECKING:
-    from megrez_gguf.pipeline import ConvertResult
+    from megrez_gguf.pipeline import Conversion, ConvertResult
 
 
 class _Commands(typer.core.TyperGroup):
@@ -94,6 +94,10 @@ SplitOption = Annotated[
     int | None,
     typer.Option("--split-max-size", parser=_size, metavar="SIZE", help="Split, e.g. by 2G."),
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Tell sizes, types, fallbacks and about how long; no output."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
 
 
@@ -113,6 +117,7 @@ def convert(
     clamp: Annotated[
         bool, typer.Option("--clamp", help="Limit weights beyond the type's range to it.")
     ] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint to GGUF, at any level in one pass.
@@ -127,7 +132,12 @@ def convert(
       megrez-gguf convert Megrez2-3x7B-A3B --outtype q8_0 --split-max-size 2G
     """
     from megrez_gguf.pipeline import convert as run
+    from megrez_gguf.pipeline import plan_convert
 
+    if dry_run:
+        plan = plan_convert(checkpoint, out, outtype, imatrix, recipe, split_max_size)
+        _tell_plan(plan, as_json)
+        return
     with _progress("Converting") as progress:
         result = run(
             checkpoint, out, outtype, force, clamp, progress,
@@ -145,6 +155,7 @@ def quantize(
     imatrix: ImatrixOption = None,
     recipe: RecipeOption = None,
     split_max_size: SplitOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a GGUF file, tensor for tensor as llama-quantize does.
@@ -154,8 +165,12 @@ def quantize(
       megrez-gguf quantize megrez2-bf16.gguf megrez2-q4.gguf q4_k_m
       megrez-gguf quantize megrez2-bf16.gguf mine.gguf --recipe mine.toml
     """
+    from megrez_gguf.pipeline import plan_quantize
     from megrez_gguf.pipeline import quantize as run
 
+    if dry_run:
+        _tell_plan(plan_quantize(source, out, level, imatrix, recipe, split_max_size), as_json)
+        return
     with _progress("Quantizing") as progress:
         result = run(
             source, out, level, force, progress,
@@ -397,6 +412,42 @@ def _tell(result: ConvertResult, as_json: bool) -> None:
         f"{result.nbytes:,} bytes in {result.seconds:.1f} s"
     )
     typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
+
+
+def _tell_plan(plan: Conversion, as_json: bool) -> None:
+    from megrez_gguf import estimate
+
+    seconds = estimate.seconds(plan.items, plan.importance)
+    for warning in plan.warnings:
+        _say(f"warning: {warning}")
+    if as_json:
+        report = {
+            "parts": list(map(str, plan.paths)),
+            "level": plan.level,
+            "nbytes": plan.nbytes,
+            "parameters": plan.parameters,
+            "types": plan.types(),
+            "fallbacks": [dataclasses.asdict(fallback) for fallback in plan.fallbacks],
+            "tensors": {
+                item.name: {"type": item.encoding.name, "nbytes": item.nbytes}
+                for item in plan.items
+            },
+            "seconds": round(seconds, 3),
+        }
+        typer.echo(json.dumps(report))
+        return
+    for item in plan.items:
+        shape = " x ".join(map(str, item.shape))
+        typer.echo(f"{item.name:<32} {item.encoding.name:<8} {shape:<20} {item.nbytes:>14,}")
+    for name, nbytes in plan.types().items():
+        typer.echo(f"{name:<8} {nbytes:>14,} bytes")
+    for fallback in plan.fallbacks:
+        typer.echo(
+            f"{fallback.tensor}: {fallback.got} instead of {fallback.wanted}, "
+            f"{fallback.extra_bytes:+,} bytes"
+        )
+    typer.echo(f"{plan.paths[0]}: {plan.nbytes:,} bytes in {len(plan.paths)} files")
+    typer.echo(f"about {seconds:.0f} s to read and encode on this machine")
 
 
 @contextmanager

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +123,49 @@ def test_what_a_killed_process_left_is_removed(make: Make, tmp_path: Path) -> No
     left.write_bytes(b"x")
     megrez_gguf.convert(make(), tmp_path / "x.gguf")
     assert not left.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--outtype", "q4_k_m"], ["--split-max-size", "2M"]])
+def test_dry_run(make: Make, tmp_path: Path, arguments: list[str]) -> None:
+    folder, out = make(**WIDE), tmp_path / "x.gguf"
+    before = sorted(tmp_path.iterdir())
+    told = json.loads(cli("convert", folder, "-o", out, *arguments, "--dry-run", "--json").stdout)
+    assert sorted(tmp_path.iterdir()) == before
+    done = json.loads(cli("convert", folder, "-o", out, *arguments, "--json").stdout)
+    for key in ("parts", "nbytes", "types", "fallbacks", "parameters"):
+        assert told[key] == done[key], key
+    assert told["nbytes"] == sum(Path(part).stat().st_size for part in told["parts"])
+    assert 0 < told["seconds"] < 60
+    found = {n: {"type": t, "nbytes": len(d)} for n, (t, d) in content(Path(done["path"])).items()}
+    assert told["tensors"] == found
+    text = cli("convert", folder, "-o", out, *arguments, "--dry-run").stdout
+    assert all(name in text for name in found)
+
+
+def test_killed(make: Make, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the weights: nothing under the name, and the next run is clean."""
+    folder, out = make(**WIDE), tmp_path / "out"
+    out.mkdir()
+    code = (
+        "import time\n"
+        "from megrez_gguf import pipeline\n"
+        "end = pipeline._Writer.end\n"
+        "pipeline._Writer.end = lambda *a: (end(*a), time.sleep(0.05))\n"
+        "from megrez_gguf.cli import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, "convert", str(folder), "-o", str(out / "x.gguf")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not any(p.stat().st_size > 20_000 for p in out.iterdir()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # A living process's file is left alone by another run in the same folder.
+    megrez_gguf.convert(folder, out / "y.gguf")
+    assert len(list(out.glob(".megrez-gguf-*.part"))) == 1
+    process.kill()
+    process.wait()
+    assert not (out / "x.gguf").exists()
+    megrez_gguf.convert(folder, out / "x.gguf")
+    assert sorted(p.name for p in out.iterdir()) == ["x.gguf", "y.gguf"]

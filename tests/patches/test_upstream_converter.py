@@ -37,7 +37,6 @@ DIFFERENT = {
     "megrez-moe.rope.scaling.original_context_length": "upstream: for yarn, which alone uses it",
     "tokenizer.ggml.bos_token_id": "ours names one where the tokenizer does not, since llama.cpp "
     "would take token 11",
-    "tokenizer.ggml.unknown_token_id": "see above",
 }
 
 # The reader's own fields, and our converter's record of its work, which llama.cpp passes over.
@@ -52,7 +51,10 @@ import transformers
 transformers.AutoTokenizer = transformers.PreTrainedTokenizerFast
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-import convert_hf_to_gguf, conversion, gguf
+import convert_hf_to_gguf, conversion, gguf, transformers
+# Upstream pins transformers 4. Version 5 loads no tokenizer beside a config.json with yarn, if it
+# does not know the model: it looks for this in the configuration before it is put there.
+transformers.PreTrainedConfig.max_position_embeddings = None
 print(json.dumps([m.__file__ for m in (conversion, gguf)]), file=answers, flush=True)
 for line in sys.stdin:
     sys.argv = ["convert_hf_to_gguf.py", *json.loads(line)]
@@ -110,7 +112,8 @@ class Upstream:
         return error
 
     def convert(self, folder: Path, outtype: str = "auto") -> Path:
-        assert self.try_to_convert(folder, outtype) is None, self.log.read_text("utf-8")
+        error = self.try_to_convert(folder, outtype)
+        assert error is None, error
         return folder.parent / "upstream.gguf"
 
 
