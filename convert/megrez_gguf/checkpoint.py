@@ -201,7 +201,7 @@ class Checkpoint:
         Raises CheckpointError: no safetensors file, a shard missing, damaged or hostile, a tensor
         in two shards, or an index that disagrees with the shards in either direction.
         """
-        index = _read_index(folder)
+        index = read_index(folder)
         names = _shard_names(folder, index)
         tensors: dict[str, Tensor] = {}
         shards = []
@@ -235,12 +235,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Index:
+class Index:
+    """What `model.safetensors.index.json` says: the shard of each tensor, and their size in all."""
+
     weight_map: dict[str, str]
     total_size: int | None
 
 
-def _read_index(folder: Path) -> _Index | None:
+def read_index(folder: Path) -> Index | None:
+    """The index of a checkpoint folder, None without one. Raises CheckpointError."""
     path = folder / INDEX
     try:
         raw = load_json(path.read_bytes())
@@ -260,14 +263,14 @@ def _read_index(folder: Path) -> _Index | None:
             )
     meta = raw.get("metadata")
     total = meta.get("total_size") if isinstance(meta, dict) else None
-    return _Index(entries, total if type(total) is int else None)
+    return Index(entries, total if type(total) is int else None)
 
 
 def _is_plain(name: str) -> bool:
     return not any(c in name for c in "/\\\0") and name not in (".", "..")
 
 
-def _shard_names(folder: Path, index: _Index | None) -> list[str]:
+def _shard_names(folder: Path, index: Index | None) -> list[str]:
     try:
         present = sorted(p.name for p in folder.iterdir() if p.name.endswith(".safetensors"))
     except OSError as e:

@@ -103,7 +103,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary as JSO
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder, or owner/name on Hugging Face, or modelscope:owner/name.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Output file.  [default: NAME-TYPE.gguf]")
     ] = None,
@@ -117,6 +119,9 @@ def convert(
     clamp: Annotated[
         bool, typer.Option("--clamp", help="Limit weights beyond the type's range to it.")
     ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of the repository.")
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -130,18 +135,22 @@ def convert(
       megrez-gguf convert Megrez2-3x7B-A3B
       megrez-gguf convert Megrez2-3x7B-A3B -o megrez2.gguf --outtype q4_k_m --imatrix m.imatrix
       megrez-gguf convert Megrez2-3x7B-A3B --outtype q8_0 --split-max-size 2G
+      megrez-gguf convert Infinigence/Megrez2-3x7B-A3B --outtype q4_k_m
     """
     from megrez_gguf.pipeline import convert as run
     from megrez_gguf.pipeline import plan_convert
 
     if dry_run:
-        plan = plan_convert(checkpoint, out, outtype, imatrix, recipe, split_max_size)
+        plan = plan_convert(
+            checkpoint, out, outtype, imatrix, recipe, split_max_size, revision, _say
+        )
         _tell_plan(plan, as_json)
         return
     with _progress("Converting") as progress:
         result = run(
             checkpoint, out, outtype, force, clamp, progress,
             imatrix=imatrix, recipe=recipe, split_max_size=split_max_size,
+            revision=revision, say=_say,
         )  # fmt: skip
     _tell(result, as_json)
 

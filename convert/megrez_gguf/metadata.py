@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megrez_gguf.config import ModelConfig, RopeScaling
+
+if TYPE_CHECKING:
+    from megrez_gguf.hub import Source
 
 ARCH = "megrez-moe"
 # Prefix of the keys that say how a file was made; llama.cpp does not read them.
@@ -122,6 +125,19 @@ def general(
         values["general.source.url"] = url
         values["general.source.huggingface.repository"] = repository
     values["general.quantization_version"] = 2
+    return values
+
+
+def origin(source: Source) -> KeyValues:
+    """Where the checkpoint was fetched from, and at which commit, if that is known."""
+    if source.hub is None or source.url is None:
+        return {}
+    values: KeyValues = {
+        "general.source.url": source.url,
+        f"{OURS}.source": f"{source.hub}:{source.repository}@{source.revision}",
+    }
+    if source.hub == "huggingface":
+        values["general.source.huggingface.repository"] = str(source.repository)
     return values
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf import encode, imatrix, layout, levels, metadata, recipe
+from megrez_gguf import encode, hub, imatrix, layout, levels, metadata, recipe
 from megrez_gguf.checkpoint import RAW_DTYPE, Checkpoint, Tensor
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import CheckpointError, ConfigError, GGUFError
 from megrez_gguf.gguf_file import SPLIT, GGUFFile, RawValue, part_path, split_prefix
 from megrez_gguf.gguf_writer import KeyValues, TensorInfo, header, padded
+from megrez_gguf.hub import Say
 from megrez_gguf.imatrix import Imatrix
 from megrez_gguf.json_file import read_object
 from megrez_gguf.layout import Plan
@@ -218,13 +219,17 @@ def convert(
     recipe: str | os.PathLike[str] | Recipe | None = None,
     split_max_size: int | None = None,
     threads: int | None = None,
+    revision: str | None = None,
+    say: Say = lambda text: None,
 ) -> ConvertResult:
     """Convert the checkpoint folder `checkpoint` to the GGUF file `out`, in one pass.
 
-    `out` defaults to NAME-TYPE.gguf in the current folder. `outtype` is a level, e.g. "q4_k_m", or
-    "auto", the checkpoint's own type; a `recipe`, by name or file, has its own level. Norms,
-    routers and biases are always F32. Levels that quantize need the patched llama-cpp-python, and
-    give what its llama-quantize gives; `imatrix` is the file of an importance matrix. `force`
+    A text that names no folder may name a repository, which is fetched first: see `hub.resolve`,
+    to which `revision` and `say` go. `out` defaults to NAME-TYPE.gguf in the current folder.
+    `outtype` is a level, e.g. "q4_k_m", or "auto", the checkpoint's own type; a `recipe`, from a
+    TOML file, has its own level. Norms, routers and biases are always F32. Levels that quantize
+    need the patched llama-cpp-python, and give what its llama-quantize gives; `imatrix` is the file
+    of an importance matrix. `force`
     replaces an existing file. Weights beyond a float type's range are refused, or limited to it
     with `clamp`. With `split_max_size` (bytes) the output is split between tensors into
     OUT-00001-of-0000N.gguf.
@@ -233,7 +238,7 @@ def convert(
     RuntimeUnavailableError, each naming the file and tensor. Whatever happens, nothing incomplete
     is left behind.
     """
-    plan = plan_convert(checkpoint, out, outtype, imatrix, recipe, split_max_size)
+    plan = plan_convert(checkpoint, out, outtype, imatrix, recipe, split_max_size, revision, say)
     return plan.run(force, clamp, threads, progress)
 
 
@@ -261,10 +266,12 @@ def plan_convert(
     imatrix: str | os.PathLike[str] | Imatrix | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     split_max_size: int | None = None,
+    revision: str | None = None,
+    say: Say = lambda text: None,
 ) -> Conversion:
     """All of `convert` but reading and writing the weights. Raises as it does."""
     mix = _recipe(outtype, recipe)
-    source = read_checkpoint(Path(checkpoint))
+    source = read_checkpoint(hub.resolve(checkpoint, revision, say))
     if mix is None:
         mix = _own_level(source)
     needs_llama_cpp = mix.level not in levels.FLOATS
@@ -288,8 +295,9 @@ def plan_quantize(
 # --- sources -----------------------------------------------------------------------------------
 
 
-def read_checkpoint(folder: Path) -> Source:
+def read_checkpoint(place: hub.Source) -> Source:
     """The model in a checkpoint folder. Raises as `convert` does."""
+    folder = place.path
     config = ModelConfig.from_folder(folder)
     source = Checkpoint.open(folder)
     plan = layout.plan(config, source)
@@ -306,6 +314,7 @@ def read_checkpoint(folder: Path) -> Source:
         **metadata.architecture(config),
         **metadata.sampling(generation),
         **vocabulary.key_values(),
+        **metadata.origin(place),
     }
 
     def check(consumed: Sequence[str] | None) -> None:

@@ -28,13 +28,13 @@ from megrez_gguf.errors import CheckpointError
 from megrez_gguf.machine import available_cpus
 
 # Elements encoded at once: some megabytes, so that memory stays small and cores share the work.
-PIECE = 1 << 21
+PIECE = 1 << 20
 # Bytes checked or hashed at once: small enough to stay in a core's cache.
 _BLOCK = 1 << 20
 # Bytes copied at once.
 _COPY = 16 << 20
 # Pieces written and not yet hashed, at most.
-_UNHASHED = 8
+_UNHASHED = 4
 
 # What a piece became, None if it is to be copied as it is; and what was lost.
 _Worked = tuple[Array | None, Loss]

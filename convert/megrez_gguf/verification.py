@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf import metadata
+from megrez_gguf import hub, metadata
 from megrez_gguf.checkpoint import OpenShards, Tensor
 from megrez_gguf.encode import Array
 from megrez_gguf.errors import ConfigError, GGUFError
@@ -77,7 +77,7 @@ def verify(
     if checkpoint is not None:
         damaged = {failure.split(":", 1)[0] for failure in failures}
         sound = recorded.keys() - damaged
-        source = read_checkpoint(Path(checkpoint))
+        source = read_checkpoint(hub.resolve(checkpoint))
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]

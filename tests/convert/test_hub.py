@@ -1,0 +1,180 @@
+"""Checkpoints from the hubs: only what is needed, at the revision asked for, with plain errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import Make
+from hub_server import COMMIT, REPOSITORY, HubServer, serve
+
+from megrez_gguf import hub
+from megrez_gguf.gguf_file import GGUFFile
+
+# What no repository may make us fetch.
+BAIT = ("modeling_megrez.py", "pytorch_model.bin", "other.safetensors", "model-Q4.gguf", "x.pt")
+
+
+@pytest.fixture(params=["hf", "modelscope"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def server(make: Make) -> Iterator[HubServer]:
+    files = {path.name: path.read_bytes() for path in make().iterdir()}
+    with serve(files | dict.fromkeys(BAIT, b"raise SystemExit")) as running:
+        yield running
+
+
+class Client:
+    """The command line in a process of its own, whose hubs are the server."""
+
+    def __init__(self, server: HubServer, folder: Path) -> None:
+        self.out = folder / "out.gguf"
+        self.env = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(folder / "home"),
+            "HF_HOME": str(folder / "hf"),
+            "MODELSCOPE_CACHE": str(folder / "ms"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_ENDPOINT": server.url,
+            "MODELSCOPE_ENDPOINT": server.url,
+            "MODELSCOPE_DOMAIN": server.url,
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        code = "from megrez_gguf.cli import main; main()"
+        command = [sys.executable, "-c", code, "convert", *arguments, "-o", str(self.out)]
+        return subprocess.run(
+            [*command, "--force"], env=self.env | env, capture_output=True, text=True, timeout=120
+        )
+
+
+@pytest.fixture
+def client(server: HubServer, tmp_path: Path) -> Client:
+    return Client(server, tmp_path)
+
+
+def test_only_what_is_needed(server: HubServer, client: Client, kind: str) -> None:
+    done = client(f"{kind}:{REPOSITORY}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{client.out}\n"
+    shards = [name for name in server.files if name.startswith("model-") and ".s" in name]
+    assert len(shards) > 1
+    assert set(shards) < set(server.asked)
+    assert not set(server.asked) & set(BAIT)
+    first = min(server.asked.index(name) for name in shards)
+    assert server.asked.index("config.json") < first
+    values = GGUFFile.open(client.out).values
+    assert REPOSITORY in values["general.source.url"]
+    source = str(values["megrez-gguf.source"])
+    assert source.endswith(f"@{COMMIT}" if kind == "hf" else "@master"), source
+    server.forget()
+    again = client(f"{kind}:{REPOSITORY}")
+    assert again.returncode == 0, again.stderr
+    assert not set(server.asked) & set(shards)
+
+
+def test_another_kind_of_model_is_refused_before_its_weights(
+    server: HubServer, client: Client, kind: str
+) -> None:
+    server.files["config.json"] = json.dumps({"model_type": "llama", "vocab_size": 320}).encode()
+    done = client(f"{kind}:{REPOSITORY}")
+    assert done.returncode == 2
+    assert "config.json: " in done.stderr
+    assert not [name for name in server.asked if name.endswith(".safetensors")]
+
+
+def test_revision(server: HubServer, client: Client, kind: str) -> None:
+    done = client(f"{kind}:{REPOSITORY}", "--revision", "v1")
+    assert done.returncode == 0, done.stderr
+    assert server.revisions <= {"v1", COMMIT}
+    done = client(f"{kind}:{REPOSITORY}@no-such")
+    assert done.returncode == 2
+    assert "no-such" in done.stderr
+
+
+def test_an_interrupted_download_goes_on(server: HubServer, client: Client, kind: str) -> None:
+    shard = next(n for n in server.files if n.startswith("model-00001"))
+    server.cut[shard] = len(server.files[shard]) // 2
+    for _ in range(2):
+        done = client(f"{kind}:{REPOSITORY}")
+        if done.returncode == 0:
+            break
+        assert "run this again to go on with it" in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not server.cut
+    shards = [name for name in server.files if name.startswith("model-0")]
+    assert [server.asked.count(name) for name in shards] == [1 + (n == shard) for n in shards]
+    # Hugging Face's client goes on inside a file from 10 MB on, which these are not.
+    assert kind == "hf" or any(name == shard for name, _ in server.ranges)
+
+
+def test_unknown_repository(client: Client, kind: str) -> None:
+    done = client(f"{kind}:owner/Nothing")
+    assert done.returncode == 2
+    assert "does not know owner/Nothing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_gated(server: HubServer, client: Client, kind: str) -> None:
+    server.gated = True
+    done = client(f"{kind}:{REPOSITORY}")
+    assert done.returncode == 2
+    assert "denies access" in done.stderr
+
+
+def test_offline(client: Client, kind: str) -> None:
+    nowhere = "http://127.0.0.1:9"
+    off = {"HF_ENDPOINT": nowhere, "MODELSCOPE_ENDPOINT": nowhere, "MODELSCOPE_DOMAIN": nowhere}
+    done = client(f"{kind}:{REPOSITORY}", **off)
+    assert done.returncode == 2
+    assert "a folder works without network" in done.stderr, done.stderr
+    assert client(f"{kind}:{REPOSITORY}").returncode == 0
+    done = client(f"{kind}:{REPOSITORY}", **off)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("huggingface_hub", "hub"), ("modelscope_hub", "modelscope")]
+)
+def test_without_the_client(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    prefix = {"hub": "hf", "modelscope": "modelscope"}[extra]
+    with pytest.raises(hub.SourceError, match=rf"pip install 'megrez-gguf\[{extra}\]'"):
+        hub.resolve(f"{prefix}:{REPOSITORY}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./nowhere", "no such folder or file"),
+        ("a/b/c", "no such folder or file"),
+        ("models/tiny.gguf", "no such folder or file"),
+        (Path("owner/name"), "no such folder or file"),
+        ("owner/name@../../x", "not the name of a branch"),
+        ("owner/name@", "not the name of a branch"),
+    ],
+)
+def test_what_is_no_id(source: Any, message: str) -> None:
+    with pytest.raises(hub.SourceError, match=message):
+        hub.resolve(source)
+
+
+def test_a_folder_wins_and_has_no_revision(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner").mkdir()
+    checkpoint.rename(tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve("owner/name").path == Path("owner/name")
+    with pytest.raises(hub.SourceError, match="is on this machine and has no revision"):
+        hub.resolve("owner/name", "v1")
