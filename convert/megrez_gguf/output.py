@@ -72,7 +72,9 @@ class OutputFiles:
             self._temporary.append(Path(name))
             if sys.platform == "win32":
                 return
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # "in use", to `_remove_leftovers`
+            # "In use", to `_remove_leftovers`; which removes nothing where there are no locks.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_nlink:
                 return
             # Another process took it for a leftover before it was locked.
@@ -103,14 +105,12 @@ class OutputFiles:
         """
         target = self._descriptors[self._current]
         if hasattr(os, "copy_file_range"):
-            try:
-                copied = os.copy_file_range(source, target, count, offset)
-            except OSError as e:
-                if e.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise self._failed(e) from None
-            else:
-                self._advance(copied)
-                return copied
+            # Its errors do not tell which of the files is at fault, and some file systems answer 0
+            # for what they cannot do: reading and writing tell.
+            with suppress(OSError):
+                if copied := os.copy_file_range(source, target, count, offset):
+                    self._advance(copied)
+                    return copied
         data = os.pread(source, min(count, 4 << 20), offset)
         self.write(data)
         return len(data)
@@ -162,14 +162,18 @@ class OutputFiles:
                 path.unlink(missing_ok=True)
             raise
         if hasattr(os, "O_DIRECTORY"):
-            folder = os.open(self._paths[0].parent, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):
-                os.fsync(folder)
-            os.close(folder)
+            with suppress(OSError):  # a folder may be writable and not readable
+                folder = os.open(self._paths[0].parent, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
 
     def _remove(self) -> None:
         for descriptor in self._descriptors:
-            os.close(descriptor)
+            # What is kept has been synced; a full network disk repeats its error here.
+            with suppress(OSError):
+                os.close(descriptor)
         for temporary in self._temporary:
             with suppress(OSError):
                 temporary.unlink()

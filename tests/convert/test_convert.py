@@ -336,11 +336,16 @@ def _limited(code: str, *args: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_disk_full_while_writing(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", [[], ["--split-max-size", "50K"]], ids=["plain", "split"])
+@pytest.mark.parametrize("outtype", ["bf16", "f32"])
+def test_disk_full_while_writing(
+    checkpoint: Path, tmp_path: Path, outtype: str, split: list[str]
+) -> None:
     """ENOSPC from the operating system itself, late: every byte but the last ones fits."""
     out = tmp_path / "out"
     out.mkdir()
-    needed = convert(checkpoint, "f32").nbytes
+    done = convert(checkpoint, outtype, split_max_size=50_000 if split else None)
+    needed = max(part.stat().st_size for part in done.parts)
     # A file that cannot grow beyond a limit fails as a full disk does, with EFBIG for ENOSPC.
     code = (
         "import resource, signal, errno\n"
@@ -348,7 +353,9 @@ def test_disk_full_while_writing(checkpoint: Path, tmp_path: Path) -> None:
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "errno.ENOSPC, errno.EFBIG = errno.EFBIG, errno.ENOSPC"
     )
-    result = _limited(code, "convert", checkpoint, "-o", out / "x.gguf", "--outtype", "f32")
+    result = _limited(
+        code, "convert", checkpoint, "-o", out / "x.gguf", "--outtype", outtype, *split
+    )
     assert result.returncode == 2, result.stderr
     assert "the disk is full; nothing was left behind" in result.stderr
     assert list(out.iterdir()) == []

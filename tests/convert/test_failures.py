@@ -1,0 +1,475 @@
+"""Disks that fill up, files that change, reads that fail, threads that raise: at every single call.
+
+Whatever happens, the message names what is at fault, nothing is left behind, and the next run is as
+if there had been none before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import Make, merge, read_all, shards
+
+import megrez_gguf
+from megrez_gguf import checkpoint as checkpoint_module
+from megrez_gguf import encode, output, stream
+from megrez_gguf.errors import CheckpointError, OutputError
+
+# The weights are copied as they are; or encoded here; or by ggml.
+LEVELS = ["bf16", "f32", "q4_0"]
+# One dense layer and one that is not: everything a conversion does, in few calls.
+FIELDS = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+SPLIT = 20_000
+
+Replace = Callable[..., Any]
+
+
+class Calls:
+    """Functions of `os`, as one module sees them, that fail or do something else on one call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def replace(self, module: ModuleType, replacements: dict[str, Replace]) -> None:
+        """`replacements[name](number of the call, the real function, *its arguments)`.
+
+        Calls are counted from 1, over all of the functions. Those the system lacks are left out.
+        """
+        self.count = 0
+        fakes = {n: self._fake(n, f) for n, f in replacements.items() if hasattr(os, n)}
+        self._monkeypatch.setattr(module, "os", SimpleNamespace(**{**vars(os), **fakes}))
+
+    def _fake(self, name: str, replacement: Replace) -> Replace:
+        real = getattr(os, name)
+
+        def fake(*args: Any, **options: Any) -> Any:
+            with self._lock:
+                self.count += 1
+                number = self.count
+            return replacement(number, real, *args, **options)
+
+        return fake
+
+    def also(self, module: ModuleType, name: str, value: object) -> None:
+        self._monkeypatch.setattr(module, name, value)
+
+    def restore(self) -> None:
+        self._monkeypatch.undo()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def plain(number: int, real: Replace, *args: Any) -> Any:
+    return real(*args)
+
+
+def fail_from(first: int, code: int) -> Replace:
+    """Fail on that call and on all that follow, as a full disk does."""
+
+    def replacement(number: int, real: Replace, *args: Any) -> Any:
+        if number >= first:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    return replacement
+
+
+def fail_at(at: int, error: BaseException) -> Replace:
+    def replacement(number: int, real: Replace, *args: Any) -> Any:
+        if number == at:
+            raise error
+        return real(*args)
+
+    return replacement
+
+
+def do_at(at: int, action: Callable[[], object]) -> Replace:
+    def replacement(number: int, real: Replace, *args: Any) -> Any:
+        if number == at:
+            action()
+        return real(*args)
+
+    return replacement
+
+
+class Place:
+    """A checkpoint, the folder its conversions go to, and what they should hold."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        folder.mkdir()
+
+    def convert(self, level: str, split: bool = False, **options: Any) -> dict[str, bytes]:
+        done = megrez_gguf.convert(
+            self.source, self.folder / "x.gguf", level, threads=2,
+            split_max_size=SPLIT if split else None, **options,
+        )  # fmt: skip
+        assert (len(done.parts) > 2) == split
+        return self.content()
+
+    def content(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(self.folder.iterdir())}
+
+    def clear(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+
+    def expect(self, level: str, split: bool = False) -> dict[str, bytes]:
+        """What a run that nothing disturbs gives."""
+        made = self.convert(level, split)
+        self.clear()
+        return made
+
+
+@pytest.fixture
+def place(make: Make, tmp_path: Path) -> Iterator[Place]:
+    before = threading.active_count()
+    yield Place(make(**FIELDS), tmp_path / "out")
+    assert threading.active_count() == before
+
+
+def some(count: int, most: int = 8) -> list[int]:
+    """The first of `count` calls, the last one, and some between them."""
+    return sorted({int(n) for n in np.linspace(1, count, most)})
+
+
+# --- the disk is full --------------------------------------------------------------------------
+
+WRITES = ("write", "copy_file_range", "pwrite")
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["plain", "split"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_disk_is_full_at_any_write(place: Place, calls: Calls, level: str, split: bool) -> None:
+    expected = place.expect(level, split)
+    calls.replace(output, dict.fromkeys(WRITES, plain))
+    place.convert(level, split)
+    place.clear()
+    for number in some(calls.count):
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            calls.replace(output, dict.fromkeys(WRITES, fail_from(number, code)))
+            with pytest.raises(OutputError, match=r"x.*\.gguf: the disk is full; nothing was left"):
+                place.convert(level, split)
+            assert place.content() == {}, number
+    calls.restore()
+    assert place.convert(level, split) == expected
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["plain", "split"])
+def test_the_disk_is_full_at_any_sync(place: Place, calls: Calls, split: bool) -> None:
+    """Disks that take data before they have the room, as those of a network do."""
+    expected = place.expect("bf16", split)
+    for number in range(1, len(expected) + 1):
+        calls.replace(output, {"fsync": fail_from(number, errno.ENOSPC)})
+        with pytest.raises(OutputError, match="the disk is full; nothing was left behind"):
+            place.convert("bf16", split)
+        assert place.content() == {}, number
+    calls.restore()
+    assert place.convert("bf16", split) == expected
+
+
+def test_the_disk_is_full_and_says_so_again_at_close(place: Place, calls: Calls) -> None:
+    def close(number: int, real: Replace, descriptor: int) -> None:
+        real(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    calls.replace(output, {"write": fail_from(3, errno.ENOSPC), "close": close})
+    with pytest.raises(OutputError, match="the disk is full; nothing was left behind"):
+        place.convert("f32", split=True)
+    assert place.content() == {}
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["plain", "split"])
+def test_a_disk_too_small_is_foreseen(
+    place: Place, calls: Calls, monkeypatch: pytest.MonkeyPatch, split: bool
+) -> None:
+    need = sum(map(len, place.expect("bf16", split).values()))
+    free = need - 1
+    usage = lambda folder: SimpleNamespace(free=free)  # noqa: E731
+    monkeypatch.setattr(output, "shutil", SimpleNamespace(disk_usage=usage))
+    calls.replace(output, dict.fromkeys(WRITES, plain))
+    with pytest.raises(OutputError, match=rf"needs {need} bytes and the disk has {free} left"):
+        place.convert("bf16", split)
+    assert calls.count == 0
+    assert place.content() == {}
+    free = need
+    assert place.convert("bf16", split)
+
+
+# --- giving the files their names --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.EIO, "I/O")], ids=["interrupt", "error"]
+)
+def test_a_failure_while_parts_get_their_names(
+    place: Place, calls: Calls, error: BaseException
+) -> None:
+    expected = place.expect("bf16", split=True)
+    for number in range(1, len(expected) + 1):
+        calls.replace(output, {"link": fail_at(number, error)})
+        if isinstance(error, OSError):  # renamed instead
+            assert place.convert("bf16", split=True) == expected
+            place.clear()
+            continue
+        with pytest.raises(KeyboardInterrupt):
+            place.convert("bf16", split=True)
+        assert place.content() == {}, number
+
+
+def test_a_part_that_appears_meanwhile_is_kept(place: Place, calls: Calls) -> None:
+    names = [*place.expect("bf16", split=True)]
+    foreign = place.folder / names[1]
+    calls.replace(output, {"link": do_at(2, lambda: foreign.write_bytes(b"precious"))})
+    with pytest.raises(OutputError, match="exists; use --force"):
+        place.convert("bf16", split=True)
+    assert place.content() == {foreign.name: b"precious"}
+
+
+def test_file_systems_without_locks_links_or_readable_folders(place: Place, calls: Calls) -> None:
+    expected = place.expect("bf16")
+
+    def folder_is_unreadable(number: int, real: Replace, path: Any, flags: int) -> Any:
+        if flags & os.O_DIRECTORY:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags)
+
+    fcntl = pytest.importorskip("fcntl")
+    lock = fail_from(1, errno.ENOLCK)
+    fake = SimpleNamespace(**{**vars(fcntl), "flock": lambda *args: lock(1, fcntl.flock, *args)})
+    calls.replace(output, {"open": folder_is_unreadable, "link": fail_from(1, errno.EPERM)})
+    calls.also(output, "fcntl", fake)
+    assert place.convert("bf16") == expected
+
+
+# --- the checkpoint changes, or cannot be read -------------------------------------------------
+
+READS = ("preadv",)
+NAMES = r"model-\d+-of-\d+\.safetensors: tensor (model\.|lm_head)\S+: "
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_read_error_names_shard_and_tensor(place: Place, calls: Calls, level: str) -> None:
+    calls.replace(checkpoint_module, dict.fromkeys(READS, plain))
+    expected = place.expect(level)
+    for number in some(calls.count):
+        calls.replace(
+            checkpoint_module, dict.fromkeys(READS, fail_at(number, OSError(errno.EIO, "I/O")))
+        )
+        with pytest.raises(CheckpointError, match=NAMES + "cannot be read: I/O"):
+            place.convert(level)
+        assert place.content() == {}, number
+    calls.restore()
+    assert place.convert(level) == expected
+
+
+def test_a_read_error_while_copying_is_not_blamed_on_the_output(place: Place, calls: Calls) -> None:
+    calls.replace(output, dict.fromkeys(("copy_file_range", "pread"), fail_from(3, errno.EIO)))
+    with pytest.raises(CheckpointError, match=NAMES + "cannot be read: Input/output error"):
+        place.convert("bf16")
+    assert place.content() == {}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_shard_that_shrinks(place: Place, calls: Calls, level: str) -> None:
+    """At any read: in the middle the tensor is named, at the end the shard."""
+    calls.replace(checkpoint_module, dict.fromkeys(READS, plain))
+    place.expect(level)
+    shard = shards(place.source)[-1]
+    whole, status = shard.read_bytes(), shard.stat()
+    ends = []
+    for number in some(calls.count):
+        action = do_at(number, lambda: os.truncate(shard, len(whole) // 2))
+        calls.replace(checkpoint_module, dict.fromkeys(READS, action))
+        with pytest.raises(CheckpointError, match=re.escape(str(shard))) as caught:
+            place.convert(level)
+        ends.append(re.sub(r".*: ", "", str(caught.value)).partition(";")[0])
+        assert place.content() == {}, number
+        shard.write_bytes(whole)
+        os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert ends[0] == "the file ended early"
+    assert ends[-1] in ("the file ended early", "changed while it was read")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("change", ["time", "content", "replaced", "removed"])
+def test_a_shard_that_changes(place: Place, calls: Calls, level: str, change: str) -> None:
+    shard = shards(place.source)[0]
+
+    def content() -> None:
+        with shard.open("r+b") as file:
+            file.seek(-2, os.SEEK_END)
+            file.write(b"\x80\x3f")
+
+    def replaced() -> None:
+        whole, status = shard.read_bytes(), shard.stat()
+        shard.unlink()
+        (shard.parent / "other").write_bytes(b"")  # takes the number of the file removed
+        shard.write_bytes(whole)
+        os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    action: dict[str, Callable[[], object]] = {
+        "time": lambda: os.utime(shard, (1, 1)),
+        "content": content,
+        "replaced": replaced,
+        "removed": shard.unlink,
+    }
+    calls.replace(checkpoint_module, dict.fromkeys(READS, do_at(20, action[change])))
+    message = rf"{re.escape(str(shard))}: (changed|vanished) while it was read"
+    with pytest.raises(CheckpointError, match=message):
+        place.convert(level)
+    assert calls.count > 20
+    assert place.content() == {}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_not_finite_is_found_in_any_piece(
+    place: Place, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """In pieces far smaller than a tensor: the same file, and the same place of a NaN."""
+    expected = place.expect(level)
+    monkeypatch.setattr(stream, "PIECE", 256)
+    monkeypatch.setattr(stream, "_COPY", 1000)
+    monkeypatch.setattr(stream, "_BLOCK", 96)
+    assert place.convert(level) == expected
+    place.clear()
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    dtype, shape, data = read_all(place.source)[name]
+    for position in (0, 479, 480, 512, 32 * 64 - 1):
+        values = np.frombuffer(data, "<u2").copy()
+        values[position] = 0x7FC0
+        bad = (dtype, shape, values.tobytes())
+        merge(place.source, lambda tensors, bad=bad: tensors.update({name: bad}))
+        where = re.escape(f"tensor {name}: nan at {[*divmod(position, 64)]}; weights must be")
+        with pytest.raises(CheckpointError, match=where):
+            place.convert(level)
+        assert place.content() == {}
+
+
+# --- interrupted, or broken --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_interrupted_anywhere(place: Place, level: str) -> None:
+    steps: list[int] = []
+    expected = place.convert(level, progress=lambda done, total: steps.append(done))
+    place.clear()
+    for step in some(len(steps)):
+        count = iter(range(1, len(steps) + 1))
+
+        def interrupt(done: int, total: int, step: int = step, count: Any = count) -> None:
+            if next(count) == step:
+                raise KeyboardInterrupt
+
+        before = threading.active_count()
+        with pytest.raises(KeyboardInterrupt):
+            place.convert(level, progress=interrupt)
+        assert threading.active_count() == before
+        assert place.content() == {}, step
+    assert place.convert(level) == expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("number", [1, 9, 30])
+def test_a_thread_that_raises(
+    place: Place, monkeypatch: pytest.MonkeyPatch, level: str, number: int
+) -> None:
+    real, lock, count = encode.first_non_finite, threading.Lock(), iter(range(1, 10_000))
+
+    def broken(values: Any) -> int | None:
+        with lock:
+            now = next(count)
+        if now == number:
+            raise MemoryError("no memory for that")
+        return real(values)
+
+    monkeypatch.setattr(encode, "first_non_finite", broken)
+    before = threading.active_count()
+    with pytest.raises(MemoryError, match="no memory for that"):
+        place.convert(level)
+    assert threading.active_count() == before
+    assert place.content() == {}
+
+
+def test_a_thread_that_raises_while_hashing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, piece: Any, data: Any) -> None:
+        raise MemoryError("no memory for that")
+
+    monkeypatch.setattr(stream._Stream, "hash", broken)
+    with pytest.raises(MemoryError, match="no memory for that"):
+        place.convert("bf16")
+    assert place.content() == {}
+
+
+# --- copying -----------------------------------------------------------------------------------
+
+
+def nothing(number: int, real: Replace, *args: Any) -> int:
+    return 0
+
+
+def short(limit: int) -> Callable[[str], Replace]:
+    """A call that does less than it was asked to: at most `limit` bytes."""
+    cut = {
+        "copy_file_range": lambda source, target, count, at: (
+            source,
+            target,
+            min(count, limit),
+            at,
+        ),
+        "pread": lambda file, count, at: (file, min(count, limit), at),
+        "preadv": lambda file, into, at: (file, [into[0][:limit]], at),
+        "write": lambda file, data: (file, data[:limit]),
+    }
+    return lambda name: lambda number, real, *args: real(*cut[name](*args))
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="Linux only")
+@pytest.mark.parametrize("first", [1, 4, 11])
+@pytest.mark.parametrize(
+    "code", ["EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "EPERM", "ETXTBSY", "EIO", "EBADF"]
+)
+def test_where_the_system_cannot_copy_it_is_read_and_written(
+    place: Place, calls: Calls, first: int, code: str
+) -> None:
+    expected = place.expect("bf16")
+    calls.replace(output, {"copy_file_range": fail_from(first, getattr(errno, code))})
+    assert place.convert("bf16") == expected
+    assert calls.count > first
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="Linux only")
+def test_copies_that_do_less_than_asked(place: Place, calls: Calls) -> None:
+    expected = place.expect("bf16")
+    few = short(1000)
+    ways: list[dict[str, Replace]] = [
+        {"copy_file_range": few("copy_file_range")},
+        {"copy_file_range": nothing, "pread": few("pread"), "write": few("write")},
+    ]
+    for way in ways:
+        calls.replace(output, way)
+        assert place.convert("bf16") == expected
+        assert calls.count > len(expected["x.gguf"]) / 1000
+        place.clear()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_reads_that_do_less_than_asked(place: Place, calls: Calls, level: str) -> None:
+    expected = place.expect(level)
+    calls.replace(checkpoint_module, {"preadv": short(500)("preadv")})
+    assert place.convert(level) == expected
+    assert calls.count > 200
