@@ -4,24 +4,106 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
-from checkpoints import Make, cli
+from checkpoints import TINY, Entry, Make, cli, merge
 
 import megrez_gguf
+from make_checkpoint import make_checkpoint
 from megrez_gguf import levels
 from megrez_gguf.gguf_file import GGUFFile
 from megrez_gguf.imatrix import Imatrix
+from megrez_gguf.logs import log
+from megrez_gguf.pipeline import Conversion, Fallback, plan_convert
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 512}
-WEIGHTED = [*levels.EITHER, *levels.WEIGHTED]
+# What llama.cpp's choice of types looks at: widths, numbers of layers, experts and heads, and
+# whether there is an output matrix. `test_the_models_are_what_they_are_for` tells what each is for.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "wide": (WIDE, {}),
+    "odd": (
+        {
+            "hidden_size": 256,
+            "moe_intermediate_size": 352,
+            "intermediate_size": 336,
+            "n_shared_experts": 1,
+            "n_routed_experts": 3,
+            "num_key_value_heads": 1,
+        },
+        {"dtype": "float32"},
+    ),
+    "tied": (
+        {
+            "hidden_size": 256,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 256,
+            "n_shared_experts": 8,
+            "n_routed_experts": 8,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 16,
+            "first_k_dense_replace": 1,
+            "experts_shared_frequency": 3,
+            "tie_word_embeddings": True,
+        },
+        {"dtype": "float16", "tokenizer_vocab": 300},
+    ),
+}
+PLAIN = [(level, False) for level in (*levels.PLAIN, *levels.EITHER)]
+WEIGHTED = [(level, True) for level in (*levels.EITHER, *levels.WEIGHTED)]
+CASES = [
+    pytest.param(level, weighted, id=level + "+imatrix" * weighted)
+    for level, weighted in (*PLAIN, *WEIGHTED)
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, its file in the checkpoint's own type, and made-up importance."""
+
+    folder: Path
+    source: Path
+    weights: Imatrix
+
+    def plan(self, level: str, weighted: bool = False) -> Conversion:
+        return plan_convert(self.folder, None, level, self.weights if weighted else None)
+
+    def types(self, level: str, weighted: bool = False) -> dict[str, str]:
+        return {item.name: item.encoding.name for item in self.plan(level, weighted).items}
+
+
+def thin(tensors: dict[str, Entry]) -> None:
+    """Keep every eighth row: the search for the best bits of the others would take minutes."""
+    for name, (dtype, shape, data) in tensors.items():
+        if len(shape) > 1:
+            rows = np.frombuffer(data, np.uint8).reshape(shape[0], -1).copy()
+            rows[np.arange(shape[0]) % 8 != 0] = 0
+            tensors[name] = (dtype, shape, rows.tobytes())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    made: dict[str, Model] = {}
+
+    def model(name: str) -> Model:
+        if name not in made:
+            fields, options = MODELS[name]
+            folder = tmp_path_factory.mktemp(name) / "checkpoint"
+            merge(make_checkpoint(TINY | fields, folder, **options), thin)
+            source = megrez_gguf.convert(folder, folder.parent / "source.gguf").path
+            made[name] = Model(folder, source, importance(source))
+        return made[name]
+
+    return model
 
 
 def content(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -56,22 +138,89 @@ def importance(source: Path) -> Imatrix:
     return Imatrix(sums, counts)
 
 
+def fallbacks_in(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """What llama.cpp says while it quantizes: the tensor, the type wanted, and the type it got."""
+    said = r"warning: (\S+) .*required for type +(\S+)\).* falling back to +(\S+)"
+    found = [match.groups() for match in map(re.compile(said).search, lines) if match]
+    assert len(found) == sum("falling back" in line for line in lines)
+    return {name: (wanted.upper(), got.upper()) for name, wanted, got in found}
+
+
+def fallbacks_of(fallbacks: Sequence[Fallback]) -> dict[str, tuple[str, str]]:
+    return {f.tensor: (f.wanted, f.got) for f in fallbacks}
+
+
+@pytest.mark.parametrize(("level", "weighted"), CASES)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_llama_quantize(
+    models: Callable[[str], Model], name: str, level: str, weighted: bool
+) -> None:
+    model = models(name)
+    folder = model.source.parent  # one place for all levels, which would take a gigabyte
+    weights = model.weights if weighted else None
+    log.install(llama_cpp)
+    with log.listening() as lines:
+        theirs = content(by_llama_cpp(model.source, folder / "theirs.gguf", level, weights))
+        said = fallbacks_in(lines())
+    options: dict[str, Any] = {"force": True, "imatrix": weights}
+    ours = megrez_gguf.convert(model.folder, folder / "ours.gguf", level, **options)
+    again = megrez_gguf.quantize(model.source, folder / "again.gguf", level, **options)
+    for done in (ours, again):
+        assert content(done.path) == theirs
+        assert fallbacks_of(done.fallbacks) == said
+        assert GGUFFile.open(done.path).values["general.file_type"] == levels.file_type(level)
+
+
 @pytest.mark.parametrize("level", levels.LEVELS)
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
-def test_equals_llama_quantize(make: Make, tmp_path: Path, level: str, weighted: bool) -> None:
-    if level in (levels.PLAIN if weighted else levels.WEIGHTED):
-        with pytest.raises(megrez_gguf.errors.ConfigError, match="importance matrix"):
+def test_levels_know_whether_they_take_importance(level: str) -> None:
+    for weighted in (False, True):
+        if (level, weighted) in (*PLAIN, *WEIGHTED):
             levels.check_weighted(level, weighted)
-        return
-    folder = make(**WIDE)
-    source = megrez_gguf.convert(folder, tmp_path / "bf16.gguf").path
-    weights = importance(source) if weighted else None
-    theirs = content(by_llama_cpp(source, tmp_path / "theirs.gguf", level, weights))
-    ours = megrez_gguf.convert(folder, tmp_path / "ours.gguf", level, imatrix=weights)
-    assert content(ours.path) == theirs
-    again = megrez_gguf.quantize(source, tmp_path / "again.gguf", level, imatrix=weights)
-    assert content(again.path) == theirs
-    assert GGUFFile.open(again.path).values["general.file_type"] == levels.file_type(level)
+        else:
+            with pytest.raises(megrez_gguf.errors.ConfigError, match="importance matrix"):
+                levels.check_weighted(level, weighted)
+
+
+def test_the_models_are_what_they_are_for(models: Callable[[str], Model]) -> None:
+    wide, odd, tied = (models(name) for name in MODELS)
+    assert [m.plan("auto").level for m in (wide, odd, tied)] == ["bf16", "f32", "f16"]
+    # The widths of "odd" fill no block of 256, and its dense ones none of 32. Its last group is
+    # shorter than the other.
+    groups = megrez_gguf.inspect(odd.folder, scan=False).groups
+    assert [group.layers for group in groups] == [(2, 3), (4,)]
+    for level, weighted in (*PLAIN, *WEIGHTED):
+        fallen = fallbacks_of(odd.plan(level, weighted).fallbacks)
+        assert bool(fallen) == (level not in levels.FLOATS), level
+    fallen = fallbacks_of(odd.plan("q4_k_s").fallbacks)
+    assert fallen["blk.4.ffn_down_exps.weight"] == ("Q4_K", "Q5_0")
+    assert fallen["blk.1.ffn_down.weight"] == ("Q4_K", "F16")
+    # Eight experts have rules of their own, and so have four heads to a key; the layers of "tied"
+    # meet every branch of the rule that gives some of them more bits.
+    types = tied.types("q4_k_m")
+    assert "output.weight" not in types
+    assert types["token_embd.weight"] == "Q6_K" != wide.types("q4_k_m")["token_embd.weight"]
+    downs = [types[f"blk.{i}.ffn_down_shexp.weight"] for i in range(1, 16)]
+    more = [i + 1 for i, kind in enumerate(downs) if kind == "Q6_K"]
+    assert (more, {*downs}) == ([1, 4, 7, 10, 13, 14, 15], {"Q6_K", "Q4_K"})
+    assert tied.types("q3_k_m")["blk.0.ffn_down.weight"] == "Q5_K"
+    assert [m.types("q4_k_m")["blk.0.attn_k.weight"] for m in (wide, tied)] == ["Q4_K", "Q8_0"]
+    values = [m.types("iq4_xs")["blk.0.attn_v.weight"] for m in (wide, odd, tied)]
+    assert values == ["IQ4_XS", "Q5_K", "Q8_0"]
+    assert any("padded by 20 unused tokens" in w for w in tied.plan("bf16").warnings)
+    # No level that quantizes treats them all alike.
+    for level, weighted in (*PLAIN, *WEIGHTED):
+        kinds = [kinds_of(m.types(level, weighted)) for m in (wide, odd, tied)]
+        alike = kinds[0] == kinds[1] == kinds[2]
+        assert alike == (level in levels.FLOATS), level
+
+
+def kinds_of(types: dict[str, str]) -> dict[str, set[str]]:
+    """The types of each kind of tensor that all models have."""
+    kinds: dict[str, set[str]] = {}
+    for name, kind in types.items():
+        if name != "output.weight":
+            kinds.setdefault(re.sub(r"blk\.\d+\.", "", name), set()).add(kind)
+    return kinds
 
 
 def test_split(make: Make, tmp_path: Path) -> None:
