@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megrez_gguf.errors import ConfigError, GGUFError
+from megrez_gguf.gguf_file import GGUFFile
 from megrez_gguf.imatrix import Imatrix, load
+from megrez_gguf.imatrix import merge as merged
 from megrez_gguf.output import OutputFiles
 from megrez_parity.engine import Engine
 from megrez_parity.ggml import F32, Tensor, op_name, read
 
-__all__ = ["Imatrix", "collect", "load", "run"]
+__all__ = ["Collected", "Imatrix", "collect", "load", "run"]
 
 Tokens = NDArray[np.int32]
 Progress = Callable[[int, int], None]
@@ -28,13 +33,28 @@ Progress = Callable[[int, int], None]
 # The node that only the output matrix needs.
 _LAST = b"result_norm"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+# Rows added up in float32, which is four times as fast, before float64 takes over.
+_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `run` has written. `unseen` has the experts no token reached, of every pool's matrix."""
+
+    path: Path
+    chunks: int
+    tokens: int
+    tensors: int
+    unseen: dict[str, int]
+    seconds: float
 
 
 def run(
-    model: Path,
+    model: Path | None,
     texts: Sequence[Path],
     out: Path,
     *,
+    merge: Sequence[Path] = (),
     chunks: int | None = None,
     context: int = 512,
     parse_special: bool = False,
@@ -42,46 +62,96 @@ def run(
     force: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> Imatrix:
+) -> Collected:
     """Write the importance matrix of the GGUF file `model` over `texts` to the file `out`.
 
     Each text is cut as llama-imatrix does it: into chunks of `context` tokens from its start, at
     most `chunks`; the tail is left out, and BOS, if the file asks for one, takes the place of each
-    chunk's first token. Several texts give what merging the matrix of each would. `parse_special`,
-    off as in llama-imatrix, reads special tokens in the texts; `process_output`, off as well,
-    includes the output matrix. `force` replaces an existing `out`, which appears whole or not at
-    all. `say` is told of the texts, and of experts that no token reached.
+    chunk's first token. Several texts give what merging the matrix of each would. The files `merge`
+    are added to it, as if their texts had come first; without texts, to each other, and `model`, if
+    there is one, is only what they must be of. `parse_special`, off as in llama-imatrix, reads
+    special tokens in the texts; `process_output`, off as well, includes the output matrix. `force`
+    replaces an existing `out`, which appears whole or not at all. `say` is told of the texts, and
+    of experts that no token reached.
 
-    Raises ConfigError: no or unreadable text, one that is too short, or numbers below 1.
-    OutputError: `out` exists or cannot be written. And what `collect` raises.
+    Raises ConfigError: no or unreadable text, one that is too short, numbers below 1, or a matrix
+    of another model or chunk size. OutputError: `out` exists or cannot be written. And what
+    `collect` and `imatrix.load` raise.
     """
-    if not texts or context < 1 or (chunks is not None and chunks < 1):
+    start = time.perf_counter()
+    if not (texts or merge) or context < 1 or (chunks is not None and chunks < 1):
         raise ConfigError(
-            f"{len(texts)} texts, {chunks} chunks of {context} tokens: expected at least 1 of each"
+            f"{len(texts)} texts, {len(merge)} matrices, {chunks} chunks of {context} tokens: "
+            "expected at least 1 text or matrix, and 1 of the others"
         )
     contents = [_read(path) for path in texts]
-    with (
-        OutputFiles([out], force, (model, *texts)) as file,
-        _Collector(model, context, process_output) as collector,
-    ):
-        windows: list[Tokens] = []
-        for path, content in zip(texts, contents, strict=True):
-            ids = collector.encode(content, parse_special)
-            cut = collector.cut(ids)[:chunks]
-            if not cut:
-                raise ConfigError(
-                    f"{path}: {len(ids)} tokens, and one chunk takes {context}; give a longer text "
-                    "or a smaller --ctx"
-                )
-            say(f"{path}: {len(ids)} tokens, {len(cut)} chunks of {context}")
-            windows += cut
-        collector.add(windows, progress)
-        found = collector.imatrix([os.fsencode(path).decode("utf-8", "replace") for path in texts])
+    # All that can be refused is, before an hour of computing.
+    with OutputFiles([out], force, (*([model] if model else ()), *texts, *merge)) as file:
+        parts = _earlier(merge, model, context if texts else None, say)
+        if texts:
+            if model is None:
+                raise ConfigError(f"{texts[0]}: no model to run over it")
+            named = list(zip(texts, contents, strict=True))
+            with _Collector(model, context, process_output) as collector:
+                collector.add(_windows(collector, named, chunks, parse_special, say), progress)
+                names = [os.fsencode(path).decode("utf-8", "replace") for path in texts]
+                parts.append(collector.imatrix(names))
+        found = merged(parts)
         file.start(0)
         file.write(found.to_bytes())
     for line in _describe_unseen(found):
         say(line)
-    return found
+    return Collected(
+        out,
+        found.chunk_count,
+        found.chunk_count * found.chunk_size,
+        len(found.sums),
+        {name: int((count == 0).sum()) for name, count in found.counts.items() if count.size > 1},
+        round(time.perf_counter() - start, 3),
+    )
+
+
+def _earlier(
+    paths: Sequence[Path], model: Path | None, context: int | None, say: Callable[[str], None]
+) -> list[Imatrix]:
+    """The matrices to merge, held against each other, the model, and what else is to come."""
+    parts = [load(path) for path in paths]
+    if not parts:
+        return []
+    merged(parts)
+    tensors = GGUFFile.open(model).tensors if model else None
+    for part in parts:
+        if tensors:
+            part.means_for(tensors)
+        if context not in (None, part.chunk_size):
+            raise ConfigError(
+                f"{part.path}: chunks of {part.chunk_size} tokens, and the texts would be cut into "
+                f"chunks of {context}: give --ctx {part.chunk_size}"
+            )
+        say(f"{part.path}: {part.chunk_count} chunks of {part.chunk_size}, merged")
+    return parts
+
+
+def _windows(
+    collector: _Collector,
+    texts: Iterable[tuple[Path, bytes]],
+    chunks: int | None,
+    parse_special: bool,
+    say: Callable[[str], None],
+) -> list[Tokens]:
+    """The chunks of all texts."""
+    windows: list[Tokens] = []
+    for path, content in texts:
+        ids = collector.encode(content, parse_special)
+        cut = collector.cut(ids)[:chunks]
+        if not cut:
+            raise ConfigError(
+                f"{path}: {len(ids)} tokens, and one chunk takes {collector.context}; give a "
+                "longer text or a smaller --ctx"
+            )
+        say(f"{path}: {len(ids)} tokens, {len(cut)} chunks of {collector.context}")
+        windows += cut
+    return windows
 
 
 def collect(path: Path, windows: Iterable[Tokens], context: int) -> Imatrix:
@@ -94,6 +164,10 @@ def collect(path: Path, windows: Iterable[Tokens], context: int) -> Imatrix:
     with _Collector(path, context) as collector:
         collector.add(list(windows))
         return collector.imatrix()
+
+
+class _Enough(Exception):
+    """Ends the evaluation of a window where nothing more is looked at."""
 
 
 class _Collector(Engine):
@@ -109,6 +183,8 @@ class _Collector(Engine):
         # of the experts' ids; the matrices it enters; and its sums.
         self._entered: dict[tuple[int, int], list[str]] = {}
         self._added: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
+        # Activations that the patches rescale to keep them in F16's range, by what comes out.
+        self._unscaled: dict[int, NDArray[np.float32]] = {}
 
     def __enter__(self) -> _Collector:
         return self
@@ -135,8 +211,9 @@ class _Collector(Engine):
     def add(self, windows: Sequence[Tokens], progress: Progress | None = None) -> None:
         """Run over `windows`; GGUFError when activations are not finite."""
         for done, window in enumerate(windows, 1):
-            self._entered, self._added = {}, {}
-            self.observe(window, 0, self._look)
+            self._entered, self._added, self._unscaled = {}, {}, {}
+            with suppress(_Enough):
+                self.observe(window, 0, self._look)
             self._chunks += 1
             for key, (sums, counts) in self._added.items():
                 for name in self._entered[key]:
@@ -161,8 +238,13 @@ class _Collector(Engine):
 
     def _look(self, node: Tensor, ask: bool) -> bool:
         if node.name == _LAST and not self._process_output:
-            return ask  # evaluation ends here: the output matrix alone is a tenth of it
+            # The output matrix alone is a tenth of the evaluation, and its logits would be copied.
+            raise _Enough
         kind = op_name(node.op)
+        if kind == "RMS_NORM" and b"swiglu" in node.source(0).name:
+            if not ask:
+                self._unscaled[ctypes.addressof(node)] = read(node.source(0))
+            return True
         if kind not in ("MUL_MAT", "MUL_MAT_ID"):
             return False
         weight, inputs = node.source(0), node.source(1)
@@ -177,7 +259,10 @@ class _Collector(Engine):
             names.append(name)
             return len(names) == 1
         ids = read(node.source(2))[0, 0] if routed else None  # [rows, K]
-        self._added[key] = _squares(read(inputs)[0], ids, weight.ne[2])
+        x = self._unscaled.pop(key[0], None)
+        x = read(inputs) if x is None else x
+        with np.errstate(over="ignore"):  # `_add` complains
+            self._added[key] = _squares(x[0], ids, weight.ne[2])
         return True
 
 
@@ -191,14 +276,26 @@ def _squares(
     """
     rows = x.reshape(-1, x.shape[2])
     if ids is None:
-        return np.einsum("ij,ij->j", rows, rows, dtype=np.float64)[None], np.array([len(rows)])
-    sums = np.zeros((pool, x.shape[2]))
+        sums = np.zeros((1, x.shape[2]))
+        for begin in range(0, len(rows), _BLOCK):
+            part = rows[begin : begin + _BLOCK]
+            sums[0] += np.einsum("ij,ij->j", part, part)
+        return sums, np.array([len(rows)])
     chosen = ids.ravel()
     shared = chosen.size // len(rows)  # K where all experts of a token read the same row
-    for expert in np.unique(chosen):
-        part = rows[np.flatnonzero(chosen == expert) // shared]
-        np.einsum("ij,ij->j", part, part, dtype=np.float64, out=sums[expert])
-    return sums, np.bincount(chosen, minlength=pool)
+    order = np.argsort(chosen, kind="stable") // shared
+    counts = np.bincount(chosen, minlength=pool)
+    sums = np.zeros((pool, x.shape[2]))
+    buffer = np.empty((min(int(counts.max()), _BLOCK), x.shape[2]), np.float32)
+    first = 0
+    for expert, count in enumerate(counts.tolist()):
+        for begin in range(first, first + count, _BLOCK):
+            of_expert = order[begin : min(begin + _BLOCK, first + count)]
+            # Checked indices ("raise") would take a second copy.
+            part = np.take(rows, of_expert, 0, out=buffer[: len(of_expert)], mode="clip")
+            sums[expert] += np.einsum("ij,ij->j", part, part)
+        first += count
+    return sums, counts
 
 
 def _read(path: Path) -> bytes:
@@ -211,15 +308,14 @@ def _read(path: Path) -> bytes:
 
 
 def _describe_unseen(found: Imatrix) -> list[str]:
-    """One line for each pool with experts that no token reached: all its matrices lack the same."""
-    lines: dict[tuple[str, ...], str] = {}
+    """One line for each pool with experts that no token reached: its matrices lack the same."""
+    names: dict[tuple[str, ...], list[str]] = {}
     for name, experts in found.unseen().items():
         layer = ".".join(name.split(".")[:2])
-        total = found.counts[name].size
-        lines.setdefault(
-            (layer, *map(str, experts)),
-            f"warning: {layer}: no token reached {len(experts)} of its {total} experts "
-            f"({', '.join(map(str, experts))}): their weights are rounded as without an "
-            "importance matrix; give more text",
-        )
-    return list(lines.values())
+        names.setdefault((layer, *map(str, experts)), []).append(name)
+    return [
+        f"warning: {', '.join(same)}: no token reached {len(experts)} of the "
+        f"{found.counts[same[0]].size} experts ({', '.join(experts)}): their weights are rounded "
+        "as without an importance matrix; give more text"
+        for (_, *experts), same in names.items()
+    ]

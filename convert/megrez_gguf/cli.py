@@ -88,7 +88,8 @@ ImatrixOption = Annotated[
     Path | None, typer.Option("--imatrix", help="Importance matrix, as llama-imatrix writes it.")
 ]
 RecipeOption = Annotated[
-    Path | None, typer.Option("--recipe", help="TOML with a level and the types that differ.")
+    str | None,
+    typer.Option("--recipe", help="megrez-q4, or TOML with a level and the types that differ."),
 ]
 SplitOption = Annotated[
     int | None,
@@ -97,6 +98,9 @@ SplitOption = Annotated[
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Tell sizes, types, fallbacks and about how long; no output."),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of the repository.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
 
@@ -119,9 +123,7 @@ def convert(
     clamp: Annotated[
         bool, typer.Option("--clamp", help="Limit weights beyond the type's range to it.")
     ] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, tag or commit of the repository.")
-    ] = None,
+    revision: RevisionOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -192,9 +194,10 @@ def quantize(
 def verify(
     path: Annotated[Path, typer.Argument(help="GGUF file, or the first part of a split one.")],
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Folder with config.json and safetensors.")
+        str | None, typer.Argument(help="Folder, or owner/name or modelscope:owner/name.")
     ] = None,
     imatrix: ImatrixOption = None,
+    revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every tensor of a file against its recorded hash and its checkpoint.
@@ -206,11 +209,12 @@ def verify(
     Examples:
       megrez-gguf verify megrez2-q4.gguf
       megrez-gguf verify megrez2-q4.gguf Megrez2-3x7B-A3B
+      megrez-gguf verify theirs.gguf Infinigence/Megrez2-3x7B-A3B --revision main
     """
     from megrez_gguf.verification import verify as run
 
     with _progress("Verifying") as progress:
-        result = run(path, checkpoint, imatrix, progress)
+        result = run(path, checkpoint, imatrix, progress, revision=revision, say=_say)
     for note in result.notes:
         _say(f"warning: {note}")
     if as_json:
@@ -228,31 +232,52 @@ def verify(
 
 @app.command()
 def imatrix(
-    model: Annotated[Path, typer.Argument(help="GGUF file to run.")],
-    text: Annotated[list[Path], typer.Argument(help="UTF-8 texts.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
+    model: Annotated[Path | None, typer.Argument(help="GGUF file to run.")] = None,
+    text: Annotated[list[Path] | None, typer.Argument(help="UTF-8 texts.")] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", help="Add this importance matrix; repeatable. Needs no TEXT."),
+    ] = None,
     chunks: Annotated[
         int | None, typer.Option(min=1, help="Chunks a text.  [default: all]")
     ] = None,
     ctx: Annotated[int, typer.Option(min=1, help="Tokens a chunk.")] = 512,
+    parse_special: Annotated[
+        bool, typer.Option("--parse-special", help="Read special tokens in the texts.")
+    ] = False,
+    process_output: Annotated[
+        bool, typer.Option("--process-output", help="Include the output matrix.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Collect an importance matrix, in llama-imatrix's format.
+
+    A pool of experts gathers from all layers that use it. Experts that no token reached are named.
 
     \b
     Examples:
       megrez-gguf imatrix megrez2-q8_0.gguf calibration.txt -o megrez2.imatrix.gguf
+      megrez-gguf imatrix --merge one.imatrix.gguf --merge two.imatrix.gguf -o both.imatrix.gguf
     """
     from megrez_parity.imatrix import run
 
-    with _progress("Collecting") as progress:
-        run(model, text, out, chunks=chunks, context=ctx, force=force, progress=progress, say=_say)
-    typer.echo(out)
+    with _progress("Collecting", "chunks") as progress:
+        result = run(
+            model, text or (), out,
+            merge=merge or (), chunks=chunks, context=ctx, parse_special=parse_special,
+            process_output=process_output, force=force, progress=progress, say=_say,
+        )  # fmt: skip
+    typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="GGUF file or checkpoint folder.")],
+    path: Annotated[
+        str, typer.Argument(help="GGUF file, folder, owner/name or modelscope:owner/name.")
+    ],
+    revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     scan: Annotated[
         bool, typer.Option("--scan/--no-scan", help="Read all weights, to count those at risk.")
@@ -269,7 +294,7 @@ def inspect(
     from megrez_gguf.inspection import render
 
     with _progress("Reading") as progress:
-        report = run(path, scan, progress)
+        report = run(path, scan, progress, revision=revision, say=_say)
     typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else render(report))
 
 
@@ -460,7 +485,7 @@ def _tell_plan(plan: Conversion, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+def _progress(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr; nothing when stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -470,15 +495,17 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         BarColumn,
         DownloadColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
+    amount: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+    if unit != "bytes":
+        amount = (TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -174,27 +174,31 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
     """
     sums: dict[str, Floats] = {}
     counts: dict[str, Counts] = {}
-    first = parts[0]
+    first: dict[str, Imatrix] = {}
     for part in parts:
         part._check_counted()
-        if part.chunk_size != first.chunk_size:
+        if part.chunk_size != parts[0].chunk_size:
             raise ConfigError(
-                f"{part.path}: chunks of {part.chunk_size} tokens, but {first.path} has chunks of "
-                f"{first.chunk_size}: collect both with the same context"
+                f"{part.path}: chunks of {part.chunk_size} tokens, but {parts[0].path} has chunks "
+                f"of {parts[0].chunk_size}: collect both with the same context"
             )
         for name, values in part.sums.items():
-            if name not in sums:
-                sums[name], counts[name] = np.zeros_like(values), np.zeros_like(part.counts[name])
+            if name not in first:
+                first[name], sums[name], counts[name] = part, values, part.counts[name]
+                continue
             if values.shape != sums[name].shape:
                 raise ConfigError(
-                    f"{part.path}: for {name} it has {values.shape}, and {first.path} "
+                    f"{part.path}: for {name} it has {values.shape}, and {first[name].path} "
                     f"{sums[name].shape}: they are of different models"
                 )
-            sums[name] += values
-            counts[name] += part.counts[name]
+            with np.errstate(over="ignore"):
+                sums[name] = sums[name] + values
+            if not np.isfinite(sums[name]).all():
+                raise ConfigError(f"{part.path}: the sums of {name} exceed float32's range")
+            counts[name] = counts[name] + part.counts[name]
     datasets = tuple(name for part in parts for name in part.datasets)
     chunks = sum(part.chunk_count for part in parts)
-    return Imatrix(sums, counts, datasets, chunks, first.chunk_size)
+    return Imatrix(sums, counts, datasets, chunks, parts[0].chunk_size)
 
 
 def _is_weighed(name: str, shape: tuple[int, ...]) -> bool:

@@ -29,11 +29,12 @@ def read_legacy(path: Path, file: BinaryIO) -> tuple[dict[str, npt.NDArray[np.fl
 class _Reader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file, self.left = path, file, os.fstat(file.fileno()).st_size
+        self.last = ""  # the entry being read, or the one before
 
     def read(self) -> tuple[dict[str, npt.NDArray[np.float32]], str, int]:
         means: dict[str, npt.NDArray[np.float32]] = {}
         for _ in range(self.number(least=1)):
-            name = self.text(least=1)
+            name = self.last = self.text(least=1)
             calls = self.number()
             values = np.frombuffer(self.take(4 * self.number(least=1)), "<f4")
             if name in means:
@@ -66,5 +67,5 @@ class _Reader:
     def fail(self) -> NoReturn:
         raise GGUFError(
             f"{self.path}: not an importance matrix of llama-imatrix, neither GGUF nor its old "
-            "format; or damaged"
+            f"format; or damaged{f', in or after {self.last!r}' if self.last else ''}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megrez_gguf import encode, layout, metadata
+from megrez_gguf import encode, hub, layout, metadata
 from megrez_gguf.checkpoint import RAW_DTYPE, Checkpoint, Tensor
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import GGUFError
@@ -66,24 +66,34 @@ class Report:
 
 
 def inspect(
-    path: str | os.PathLike[str], scan: bool = True, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    scan: bool = True,
+    progress: Progress | None = None,
+    *,
+    revision: str | None = None,
+    say: hub.Say = lambda text: None,
 ) -> Report:
     """Look into a checkpoint folder or a GGUF file; `scan` reads all weights to count.
 
-    Raises MegrezError: ConfigError or CheckpointError for a checkpoint that cannot be converted
-    for its structure, GGUFError for a file that is damaged or no Megrez2 model.
+    A text that names neither may name a repository, which is fetched first: see `hub.resolve`, to
+    which `revision` and `say` go.
+
+    Raises MegrezError: SourceError for what is not there, ConfigError or CheckpointError for a
+    checkpoint that cannot be converted for its structure, GGUFError for a file that is damaged or
+    no Megrez2 model.
     """
-    path = Path(path)
-    if not path.is_file():
-        report, sources = _checkpoint(path)
+    place = hub.resolve(path, revision, say)
+    if not place.path.is_file():
+        report, sources = _checkpoint(place)
     else:
-        report, sources = _gguf(path)
+        report, sources = _gguf(place.path)
     if scan:
         _scan(report, sources, progress)
     return report
 
 
-def _checkpoint(folder: Path) -> tuple[Report, list[tuple[Tensor, ...]]]:
+def _checkpoint(place: hub.Source) -> tuple[Report, list[tuple[Tensor, ...]]]:
+    folder = place.path
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
     plan = layout.plan(config, checkpoint)
@@ -103,7 +113,9 @@ def _checkpoint(folder: Path) -> tuple[Report, list[tuple[Tensor, ...]]]:
     }
     groups = _groups(config.moe_layers, config.pool_layers)
     dense = tuple(i for i in range(config.num_hidden_layers) if not config.is_moe(i))
-    report = _report(folder, "checkpoint", folder.resolve().name, hyperparameters, tensors)
+    # A hub's cache folders are named after commits.
+    name = (place.repository or folder.resolve().name).rpartition("/")[2]
+    report = _report(folder, "checkpoint", name, hyperparameters, tensors)
     report.groups, report.dense_layers = groups, dense
     report.warnings += checkpoint.notes
     if config.unknown_fields:

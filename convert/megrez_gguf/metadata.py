@@ -92,16 +92,17 @@ def _rope_scaling(scaling: RopeScaling) -> KeyValues:
 
 
 def general(
-    folder: Path,
+    place: Source,
     config: ModelConfig,
     raw_config: Mapping[str, Any],
     parameters: int,
 ) -> KeyValues:
-    """`general.*`: name, size, license and source, as far as the folder tells.
+    """`general.*`: name, size, license and source, as far as `place` tells.
 
-    `parameters` counts the stored weights.
+    Our own key has the commit it was fetched at, if that is known. `parameters` counts the stored
+    weights.
     """
-    repository = _repository(folder, raw_config)
+    folder, repository = place.path, place.repository or _repository(raw_config)
     name = repository.rpartition("/")[2] if repository else folder.resolve().name
     values: KeyValues = {
         "general.architecture": ARCH,
@@ -121,23 +122,12 @@ def general(
         if front.get(key):
             values[f"general.{key.replace('_', '.')}"] = front[key]
     if repository:
-        url = f"https://huggingface.co/{repository}"
-        values["general.source.url"] = url
+        values["general.source.url"] = place.url or f"https://huggingface.co/{repository}"
+    if place.hub:
+        values[f"{OURS}.source"] = f"{place.hub}:{place.repository}@{place.revision}"
+    if repository and place.hub != "modelscope":
         values["general.source.huggingface.repository"] = repository
     values["general.quantization_version"] = 2
-    return values
-
-
-def origin(source: Source) -> KeyValues:
-    """Where the checkpoint was fetched from, and at which commit, if that is known."""
-    if source.hub is None or source.url is None:
-        return {}
-    values: KeyValues = {
-        "general.source.url": source.url,
-        f"{OURS}.source": f"{source.hub}:{source.repository}@{source.revision}",
-    }
-    if source.hub == "huggingface":
-        values["general.source.huggingface.repository"] = str(source.repository)
     return values
 
 
@@ -195,13 +185,8 @@ def front_matter(readme: Path) -> dict[str, str]:
     return {key: value.strip("\"'") for key, value in pairs}
 
 
-def _repository(folder: Path, raw_config: Mapping[str, Any]) -> str | None:
-    """`owner/name` on the Hugging Face hub, from the cache's folder names or the config."""
-    parts = folder.resolve().parts
-    if len(parts) >= 3 and parts[-2] == "snapshots":
-        match = re.fullmatch(r"models--([^/]+?)--(.+)", parts[-3])
-        if match:
-            return f"{match[1]}/{match[2]}"
+def _repository(raw_config: Mapping[str, Any]) -> str | None:
+    """`owner/name` on the Hugging Face hub, as its library leaves it in a configuration."""
     name = raw_config.get("_name_or_path")
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", name):
         return name

@@ -307,14 +307,13 @@ def read_checkpoint(place: hub.Source) -> Source:
     parameters = sum(t.size for t in plan.targets)
     generation = read_object(folder / "generation_config.json", ConfigError) or {}
     general = metadata.general(
-        folder, config, read_object(folder / "config.json", ConfigError) or {}, parameters
+        place, config, read_object(folder / "config.json", ConfigError) or {}, parameters
     )
     values = {
         **general,
         **metadata.architecture(config),
         **metadata.sampling(generation),
         **vocabulary.key_values(),
-        **metadata.origin(place),
     }
 
     def check(consumed: Sequence[str] | None) -> None:

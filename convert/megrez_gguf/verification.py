@@ -49,13 +49,17 @@ def verify(
     checkpoint: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | Imatrix | None = None,
     progress: Progress | None = None,
+    *,
+    revision: str | None = None,
+    say: hub.Say = lambda text: None,
 ) -> Verification:
     """Check every tensor of the GGUF file `path`, whatever program wrote it.
 
     Against the hashes recorded in it, which tells damage since it was written; and against
     `checkpoint`, whose tensors are encoded anew, in the types the file has, and compared byte for
     byte, as are the key-values that decide what the model computes. A file made with an importance
-    matrix needs the same `imatrix`.
+    matrix needs the same `imatrix`. A checkpoint that names no folder may name a repository, which
+    is fetched first: see `hub.resolve`, to which `revision` and `say` go.
 
     Raises what opening the file, the checkpoint and the matrix raises, and ConfigError when there
     is nothing to compare with, or no importance matrix where the file was made with one. What
@@ -66,18 +70,21 @@ def verify(
     recorded, stale = _recorded(file)
     if not recorded and checkpoint is None:
         raise ConfigError(f"{path}: has no hashes of its own; give the checkpoint to compare with")
+    if checkpoint is None and revision is not None:
+        raise ConfigError(f"revision {revision!r}: of which repository? give the checkpoint, too")
+    place = None if checkpoint is None else hub.resolve(checkpoint, revision, say)
     notes = []
     if stale:
         notes.append(
             f"{stale} recorded hashes are of other types than the tensors have: another program "
             "wrote this file from the one that was hashed; they were left out"
         )
-    failures = [*_check_hashes(file, recorded, progress if checkpoint is None else None)]
+    failures = [*_check_hashes(file, recorded, progress if place is None else None)]
     compared = 0
-    if checkpoint is not None:
+    if place is not None:
         damaged = {failure.split(":", 1)[0] for failure in failures}
         sound = recorded.keys() - damaged
-        source = read_checkpoint(hub.resolve(checkpoint))
+        source = read_checkpoint(place)
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]

@@ -51,10 +51,13 @@ class Client:
         }
 
     def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("convert", *arguments, "-o", str(self.out), "--force", **env)
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         code = "from megrez_gguf.cli import main; main()"
-        command = [sys.executable, "-c", code, "convert", *arguments, "-o", str(self.out)]
+        command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(
-            [*command, "--force"], env=self.env | env, capture_output=True, text=True, timeout=120
+            command, env=self.env | env, capture_output=True, text=True, timeout=120
         )
 
 
@@ -100,6 +103,35 @@ def test_revision(server: HubServer, client: Client, kind: str) -> None:
     done = client(f"{kind}:{REPOSITORY}@no-such")
     assert done.returncode == 2
     assert "no-such" in done.stderr
+
+
+def test_inspect(server: HubServer, client: Client, kind: str) -> None:
+    done = client.run("inspect", f"{kind}:{REPOSITORY}", "--revision", "v1", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["kind"], report["name"]) == ("checkpoint", REPOSITORY.partition("/")[2])
+    assert report["non_finite"] == 0
+    assert server.revisions <= {"v1", COMMIT}
+    assert not set(server.asked) & set(BAIT)
+    done = client.run("inspect", f"{kind}:{REPOSITORY}", "--revision", "no-such")
+    assert done.returncode == 2
+    assert "no-such" in done.stderr
+
+
+def test_verify(server: HubServer, client: Client, kind: str) -> None:
+    out = str(client.out)
+    assert client(f"{kind}:{REPOSITORY}").returncode == 0
+    server.forget()
+    done = client.run("verify", out, f"{kind}:{REPOSITORY}", "--revision", "v1")
+    assert done.returncode == 0, done.stderr
+    assert "against the checkpoint; 0 differences" in done.stdout
+    assert server.revisions <= {"v1", COMMIT}
+    done = client.run("verify", out, f"{kind}:{REPOSITORY}", "--revision", "no-such")
+    assert done.returncode == 2
+    assert "no-such" in done.stderr
+    done = client.run("verify", out, "--revision", "v1")
+    assert done.returncode == 2
+    assert "'v1': of which repository?" in done.stderr
 
 
 def test_an_interrupted_download_goes_on(server: HubServer, client: Client, kind: str) -> None:

@@ -12,7 +12,7 @@ from checkpoints import TINY
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megrez_gguf import metadata
+from megrez_gguf import hub, metadata
 from megrez_gguf.config import ModelConfig
 
 PUBLISHED: dict[str, Any] = TINY | {
@@ -148,7 +148,7 @@ def test_yarn_is_what_transformers_computes(extra: dict[str, Any]) -> None:
 
 
 def general(folder: Path, raw: dict[str, Any] | None = None) -> dict[str, Any]:
-    return metadata.general(folder, config(), raw or {}, 7_500_000_000)
+    return metadata.general(hub.origin(folder), config(), raw or {}, 7_500_000_000)
 
 
 def test_name_and_size_from_the_folder(tmp_path: Path) -> None:
@@ -174,6 +174,16 @@ def test_source_from_the_hub_cache(tmp_path: Path) -> None:
     values = general(folder)
     assert values["general.name"] == "Megrez2-3x7B-A3B"
     assert values["general.source.url"] == "https://huggingface.co/Infinigence/Megrez2-3x7B-A3B"
+
+
+def test_source_from_modelscope_s_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "Infinigence--Megrez2-3x7B-A3B" / "snapshots" / "master"
+    folder.mkdir(parents=True)
+    values = general(folder)
+    assert values["general.name"] == "Megrez2-3x7B-A3B"
+    assert values["megrez-gguf.source"] == "modelscope:Infinigence/Megrez2-3x7B-A3B@master"
+    assert values["general.source.url"].endswith("Infinigence/Megrez2-3x7B-A3B")
+    assert "huggingface" not in " ".join(map(str, [*values, *values.values()]))
 
 
 def test_source_from_the_config(tmp_path: Path) -> None:

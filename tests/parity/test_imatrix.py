@@ -1,20 +1,26 @@
 """Importance matrices are what llama-imatrix collects: held against torch, and against the tool."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from native_tools import native as program
 from native_tools import run_native
 from numpy.typing import NDArray
 
+from make_checkpoint import make_checkpoint
 from megrez_gguf import convert, quantize
+from megrez_gguf.cli import main
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.imatrix import merge
 from megrez_parity.engine import Engine
 from megrez_parity.imatrix import Imatrix, collect, load
 from megrez_parity.levels import level_of
@@ -22,6 +28,7 @@ from megrez_parity.reference import CheckpointWeights, forward
 
 DATA = Path(__file__).parents[1] / "data"
 POCKET = DATA / "pocket"
+TEXT = DATA / "heldout" / "zh.txt"
 CONTEXT = 128
 
 
@@ -36,7 +43,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def windows(exact: Path) -> list[NDArray[np.int32]]:
     with Engine(exact, CONTEXT) as engine:
         assert engine.bos is None  # which llama-imatrix would put into each window
-        tokens = engine.tokenize((DATA / "heldout" / "zh.txt").read_text("utf-8"))
+        tokens = engine.tokenize(TEXT.read_text("utf-8"))
     return [tokens[start : start + CONTEXT] for start in range(0, 4 * CONTEXT, CONTEXT)]
 
 
@@ -93,6 +100,49 @@ def test_agrees_with_torch(collected: Imatrix, windows: list[NDArray[np.int32]])
         np.testing.assert_allclose(collected.means[name], means, rtol=1e-4)
 
 
+def test_a_pool_adds_up_all_layers_that_share_it(exact: Path) -> None:
+    """Of one long window, so that more rows meet than are added up at once."""
+    layers, experts = (1, 2, 3), 16
+    with Engine(exact, 2048) as engine:
+        tokens = engine.tokenize(TEXT.read_text("utf-8"))[:2048]
+        nodes = engine.run(tokens, 0, ("ffn_moe_topk", "ffn_norm", "ffn_moe_swiglu")).nodes
+    counts = np.zeros(experts, np.int64)
+    sums = {"gate": np.zeros((experts, 256)), "up": np.zeros((experts, 256))}
+    sums["down"] = np.zeros((experts, 64))
+    for layer in layers:
+        for row, chosen in enumerate(nodes["ffn_moe_topk", layer]):
+            entering = nodes["ffn_norm", layer][row].astype(np.float64) ** 2
+            leaving = nodes["ffn_moe_swiglu", layer][row].astype(np.float64) ** 2
+            for place, expert in enumerate(chosen):
+                counts[expert] += 1
+                sums["gate"][expert] += entering
+                sums["up"][expert] += entering
+                sums["down"][expert] += leaving[place]
+    assert counts.sum() == len(layers) * 4 * 2048
+    assert np.bincount(nodes["ffn_moe_topk", 1].ravel()).max() > 512
+    found = collect(exact, [tokens], 2048)
+    for name, expected in sums.items():
+        name = f"blk.1.ffn_{name}_exps.weight"
+        np.testing.assert_array_equal(found.counts[name], counts)
+        np.testing.assert_allclose(found.sums[name], expected, rtol=1e-5)
+    entering = (nodes["ffn_norm", 1].astype(np.float64) ** 2).sum(0, keepdims=True)
+    np.testing.assert_allclose(found.sums["blk.1.ffn_up_shexp.weight"], entering, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["f16", "q5_1"])
+def test_rescaled_activations_count_as_they_were(
+    level: str, collected: Imatrix, windows: list[NDArray[np.int32]], tmp_path: Path
+) -> None:
+    """Before the patches divide what enters these down projections by its size."""
+    path = convert(POCKET, tmp_path / "rescaled.gguf", outtype=level).path
+    tensors = {t.name: t.type for t in GGUFFile.open(path).tensors}
+    found = collect(path, windows, CONTEXT)
+    for name in ("blk.0.ffn_down", "blk.4.ffn_down_exps", "blk.6.ffn_down_shexp"):
+        assert tensors[f"{name}.weight"] == level.upper()
+        total, expected = (i.sums[f"{name}.weight"].sum() for i in (found, collected))
+        assert total == pytest.approx(expected, rel=0.05)
+
+
 def test_has_every_matrix_of_the_layers(collected: Imatrix, exact: Path) -> None:
     tensors = GGUFFile.open(exact).tensors
     matrices = {t.name for t in tensors if t.name.startswith("blk.") and len(t.shape) > 1}
@@ -125,76 +175,13 @@ def test_activations_that_are_not_finite(
         collect(tmp_path / "inf.gguf", windows, CONTEXT)
 
 
-def write(path: Path, tensors: dict[str, NDArray[Any]], kind: str = "imatrix", **keys: int) -> Path:
-    """A file in llama-imatrix's form."""
-    writer = gguf.GGUFWriter(path, "")
-    writer.add_type(kind)
-    writer.add_array("imatrix.datasets", ["some.txt"])
-    for key, value in ({"chunk_count": 1, "chunk_size": 512} | keys).items():
-        if value >= 0:
-            writer.add_uint32(f"imatrix.{key}", value)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-SUMS = np.array([[2, 4, 6], [0, 0, 0]], np.float32)
-COUNTS = np.array([[2], [0]], np.float32)
-
-
-def test_reads_files(tmp_path: Path) -> None:
-    tensors = {
-        "blk.1.x.weight.in_sum2": SUMS,
-        "blk.1.x.weight.counts": COUNTS,
-        "blk.1.counts.counts": COUNTS[:1],
-        "blk.1.counts.in_sum2": SUMS[:1],
-    }
-    found = load(write(tmp_path / "i.gguf", tensors))
-    assert found.means.keys() == found.counts.keys() == {"blk.1.x.weight", "blk.1.counts"}
-    assert found.means["blk.1.x.weight"].tolist() == [[1, 2, 3], [1, 1, 1]]
-    assert found.counts["blk.1.x.weight"].tolist() == [2, 0]
-    assert found.means["blk.1.counts"].tolist() == [[1, 2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("tensors", "changes", "message"),
-    [
-        ({"x.in_sum2": SUMS, "x.counts": COUNTS}, {"kind": "model"}, "not an importance matrix"),
-        ({"x.in_sum2": SUMS, "x.counts": COUNTS}, {"chunk_size": -1}, "not an importance matrix"),
-        ({"x.in_sum2": SUMS}, {}, "x.in_sum2 is no half of a pair"),
-        ({"x.counts": COUNTS}, {}, "x.counts is no half of a pair"),
-        ({"x.in_sum2": SUMS, "x.counts": COUNTS, "x.y": SUMS}, {}, "x.y is no half of a pair"),
-        ({"x.in_sum2": SUMS.astype(np.float16), "x.counts": COUNTS}, {}, "no half of a pair"),
-        ({"x.in_sum2": SUMS[:1], "x.counts": COUNTS}, {}, "3 sums of 2 matrices x"),
-    ],
-)
-def test_files_that_are_none(
-    tensors: dict[str, NDArray[Any]], changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "i.gguf", tensors, **changes)
-    with pytest.raises(GGUFError, match=rf"i\.gguf: .*{message}"):
-        load(path)
-
-
-def test_a_file_of_something_else(tmp_path: Path, exact: Path) -> None:
-    with pytest.raises(GGUFError, match="not an importance matrix"):
-        load(exact)
-    (tmp_path / "old.dat").write_bytes(b"\1\0\0\0" * 20)
-    with pytest.raises(GGUFError, match=r"old\.dat: not an importance matrix"):
-        load(tmp_path / "old.dat")
-
-
 @pytest.fixture(scope="module")
 def native(exact: Path, windows: list[NDArray[np.int32]], tmp_path_factory: Any) -> Path:
     """What llama-imatrix writes for the same windows."""
     path = tmp_path_factory.mktemp("native") / "imatrix.gguf"
     model = ("-m", exact, "-c", CONTEXT, "-b", CONTEXT, "-ub", CONTEXT, "-ngl", 0, "-t", 2)
     arithmetic = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
-    text = ("-f", DATA / "heldout" / "zh.txt", "--parse-special", "--chunks", len(windows))
+    text = ("-f", TEXT, "--parse-special", "--chunks", len(windows))
     run_native("llama-imatrix", *model, *arithmetic, *text, "-o", path, "--no-ppl")
     return path
 
@@ -209,16 +196,93 @@ def test_agrees_with_llama_imatrix(collected: Imatrix, native: Path) -> None:
         np.testing.assert_allclose(collected.means[name], means, rtol=2e-5)
 
 
+@pytest.fixture(scope="module")
+def ours(collected: Imatrix, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ours") / "imatrix.gguf"
+    collected.save(path)
+    return path
+
+
+def by_llama_imatrix(target: Path, *sources: Path, form: str = "gguf") -> Imatrix:
+    """What the tool makes of matrices, without a model."""
+    files = [argument for source in sources for argument in ("--in-file", source)]
+    chunks = ("-c", CONTEXT, "-b", CONTEXT)
+    run_native(
+        "llama-imatrix", "-m", "none", *files, *chunks, "-o", target, "--output-format", form
+    )
+    return load(target)
+
+
+def the_same(one: Imatrix, two: Imatrix) -> None:
+    """But for the number of chunks: the tool guesses it of the largest count, of a shared pool's
+    experts too, which may be of three layers."""
+    assert one.sums.keys() == two.sums.keys()
+    for name, sums in one.sums.items():
+        np.testing.assert_array_equal(two.counts[name], one.counts[name])
+        np.testing.assert_array_equal(two.sums[name], sums)
+    assert (one.datasets, one.chunk_size) == (two.datasets, two.chunk_size)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["q4_k_m", "iq2_xs"])
-def test_quantizes_like_llama_quantize(
-    kind: str, exact: Path, native: Path, tmp_path: Path
+def test_llama_imatrix_reads_ours(ours: Path, collected: Imatrix, tmp_path: Path) -> None:
+    the_same(by_llama_imatrix(tmp_path / "again.gguf", ours), collected)
+    # Its statistics go through a log that may be cut short, so that its exit code has to tell.
+    (tmp_path / "cut.gguf").write_bytes(ours.read_bytes()[:-1000])
+    codes = [
+        subprocess.run(
+            [program("llama-imatrix"), "-m", "none", "--in-file", path, "--show-statistics"],
+            capture_output=True,
+        ).returncode
+        for path in (ours, tmp_path / "cut.gguf")
+    ]
+    assert codes[0] == 0 != codes[1]
+
+
+@pytest.mark.slow
+def test_merges_as_llama_imatrix_does(
+    ours: Path, exact: Path, windows: list[NDArray[np.int32]], tmp_path: Path
 ) -> None:
-    quantize(exact, tmp_path / "ours.gguf", kind, imatrix=load(native))
-    run_native("llama-quantize", "--imatrix", native, exact, tmp_path / "theirs.gguf", kind, 2)
-    ours, theirs = (GGUFFile.open(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    few = tmp_path / "few.gguf"
+    collect(exact, [windows[0][:2]], CONTEXT).save(few)
+    assert load(few).unseen()
+    files = (few, ours, few)
+    the_same(by_llama_imatrix(tmp_path / "theirs.gguf", *files), merge([load(f) for f in files]))
+
+
+@pytest.mark.slow
+def test_reads_the_old_format_of_llama_imatrix(
+    native: Path, exact: Path, windows: list[NDArray[np.int32]], tmp_path: Path
+) -> None:
+    few = tmp_path / "few.gguf"
+    collect(exact, [windows[0][:2]], CONTEXT).save(few)
+    for path in (native, few):  # few has experts that no token reached
+        old = by_llama_imatrix(tmp_path / "old.dat", path, form="dat")
+        new = load(path)
+        assert old.counts == {}
+        assert old.means.keys() == new.means.keys()
+        tensors = GGUFFile.open(exact).tensors
+        expected = new.means_for(tensors)
+        for name, means in old.means_for(tensors).items():
+            # It has multiplied by the number of chunks, too.
+            np.testing.assert_allclose(means, expected[name], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "whose"),
+    [("q4_k_m", "native"), ("q4_k_m", "ours"), ("q4_k_m", "old"), ("iq2_xs", "ours")],
+)
+def test_quantizes_like_llama_quantize(
+    kind: str, whose: str, exact: Path, native: Path, ours: Path, tmp_path: Path
+) -> None:
+    matrix = {"native": native, "ours": ours, "old": tmp_path / "old.dat"}[whose]
+    if whose == "old":
+        by_llama_imatrix(matrix, native, form="dat")
+    quantize(exact, tmp_path / "ours.gguf", kind, imatrix=load(matrix))
+    run_native("llama-quantize", "--imatrix", matrix, exact, tmp_path / "theirs.gguf", kind, 2)
+    ours_, theirs = (GGUFFile.open(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
     # llama-quantize sorts them by layer.
-    pairs = zip(*(sorted(f.tensors, key=lambda t: t.name) for f in (ours, theirs)), strict=True)
+    pairs = zip(*(sorted(f.tensors, key=lambda t: t.name) for f in (ours_, theirs)), strict=True)
     for mine, other in pairs:
         assert (mine.name, mine.type, mine.nbytes) == (other.name, other.type, other.nbytes)
         data = [
@@ -227,3 +291,172 @@ def test_quantizes_like_llama_quantize(
         ]
         np.testing.assert_array_equal(*data)
     assert level_of(tmp_path / "theirs.gguf") == f"{kind}+imatrix"
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["imatrix", *map(str, arguments)])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_the_command_collects(
+    exact: Path, collected: Imatrix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "i.gguf"
+    options = ("--ctx", CONTEXT, "--chunks", 4, "--parse-special")
+    assert run(exact, TEXT, "-o", out, *options) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n"
+    assert printed.err == f"{TEXT}: 70616 tokens, 4 chunks of {CONTEXT}\n"
+    found = load(out)
+    assert found.datasets == (str(TEXT),)
+    assert found.sums.keys() == collected.sums.keys()
+    for name, sums in collected.sums.items():
+        np.testing.assert_array_equal(found.sums[name], sums)
+
+
+def test_the_command_tells_what_it_did(
+    exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "i.gguf"
+    assert run(exact, TEXT, "-o", out, "--ctx", 2, "--chunks", 2, "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report.pop("seconds") > 0
+    unseen = report.pop("unseen")
+    assert report == {"path": str(out), "chunks": 2, "tokens": 4, "tensors": 61}
+    found = load(out).unseen()
+    assert unseen == {
+        f"blk.{layer}.ffn_{name}_exps.weight": len(found[f"blk.{layer}.ffn_{name}_exps.weight"])
+        for layer in (1, 4)
+        for name in ("down", "gate", "up")
+    }
+    for layer in (1, 4):
+        names = [f"blk.{layer}.ffn_{name}_exps.weight" for name in ("gate", "up", "down")]
+        experts = found[names[0]]
+        assert 0 < len(experts) < 16
+        assert (
+            f"{', '.join(names)}: no token reached {len(experts)} of the 16 experts "
+            f"({', '.join(map(str, experts))})"
+        ) in printed.err
+
+
+def test_the_output_matrix_is_included_on_request(exact: Path, tmp_path: Path) -> None:
+    for options in ((), ("--process-output",)):
+        out = tmp_path / f"{len(options)}.gguf"
+        assert run(exact, TEXT, "-o", out, "--ctx", 8, "--chunks", 2, *options) == 0
+    without, with_ = (load(tmp_path / f"{n}.gguf") for n in (0, 1))
+    assert with_.sums.keys() - without.sums.keys() == {"output.weight"}
+    assert with_.counts["output.weight"].tolist() == [16]
+
+
+def test_special_tokens_are_read_on_request(
+    exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "special.txt"
+    text.write_text("<|turn_end|>" * 64, "utf-8")
+    said = []
+    for options in ((), ("--parse-special",)):
+        out = tmp_path / f"{len(options)}.gguf"
+        assert run(exact, text, "-o", out, "--ctx", 64, "--chunks", 1, *options) == 0
+        said.append("special.txt: 64 tokens" in capsys.readouterr().err)
+    assert said == [False, True]
+
+
+def test_the_command_merges(
+    exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts at once, one after the other, or each by itself, all give the same."""
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    text = TEXT.read_text("utf-8")
+    one.write_text(text[:3000], "utf-8")
+    two.write_text(text[3000:6000], "utf-8")
+    options = ("--ctx", 64, "--chunks", 3)
+    outs = {name: tmp_path / f"{name}.gguf" for name in ("one", "two", "both", "then", "merged")}
+    assert run(exact, one, "-o", outs["one"], *options) == 0
+    assert run(exact, two, "-o", outs["two"], *options) == 0
+    assert run(exact, one, two, "-o", outs["both"], *options) == 0
+    assert run(exact, two, "--merge", outs["one"], "-o", outs["then"], *options) == 0
+    capsys.readouterr()
+    sources = ("--merge", outs["one"], "--merge", outs["two"])
+    assert run(*sources, "-o", outs["merged"], "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["chunks"], report["tokens"], report["tensors"]) == (6, 6 * 64, 61)
+    assert f"{outs['two']}: 3 chunks of 64, merged\n" in printed.err
+    assert run(exact, *sources, "-o", tmp_path / "checked.gguf") == 0
+    both, then, merged = (load(outs[name]) for name in ("both", "then", "merged"))
+    the_same(then, merged)
+    assert both.datasets == merged.datasets == (str(one), str(two))
+    for name, sums in both.sums.items():
+        np.testing.assert_array_equal(merged.counts[name], both.counts[name])
+        np.testing.assert_allclose(merged.sums[name], sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "0 texts, 0 matrices"),
+        (["{model}"], "0 texts, 0 matrices"),
+        (["{model}", "nowhere.txt"], "nowhere.txt: cannot be read as UTF-8 text"),
+        (["nowhere.gguf", "{text}"], "nowhere.gguf: no such file"),
+        (["{model}", "{text}", "--ctx", "100000"], "70616 tokens, and one chunk takes 100000"),
+        (["--merge", "nowhere.gguf"], "nowhere.gguf: cannot be read"),
+        (["--merge", "{model}"], "f32.gguf: not an importance matrix"),
+        (["{model}", "{text}", "--merge", "{ours}", "--ctx", "64"], "give --ctx 128"),
+        (["{other}", "{text}", "--merge", "{ours}", "--ctx", "128"], "is of another model: "),
+        (["{other}", "--merge", "{ours}"], "is of another model: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_requests(
+    arguments: list[str],
+    message: str,
+    exact: Path,
+    ours: Path,
+    other: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = {"model": exact, "text": TEXT, "ours": ours, "other": other}
+    out = tmp_path / "i.gguf"
+    assert run(*(a.format(**files) for a in arguments), "-o", out) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same sizes with a layer less."""
+    fields = json.loads((POCKET / "config.json").read_text("utf-8")) | {"num_hidden_layers": 6}
+    folder = make_checkpoint(fields, tmp_path_factory.mktemp("other") / "checkpoint")
+    return convert(folder, folder.parent / "other.gguf").path
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_inputs_are_never_replaced(
+    force: list[str], exact: Path, ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(ours.read_bytes())
+    assert run("--merge", copy, "-o", copy, *force) == 2
+    assert ("is part of the input" if force else "exists; use --force") in capsys.readouterr().err
+    assert copy.read_bytes() == ours.read_bytes()
+
+
+def test_progress_counts_chunks(
+    exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(exact, TEXT, "-o", tmp_path / "i.gguf", "--ctx", 8, "--chunks", 3) == 0
+    printed = capsys.readouterr()
+    assert "3/3 chunks" in printed.err
+    assert "bytes" not in printed.err
