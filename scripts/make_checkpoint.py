@@ -4,6 +4,7 @@
     scripts/make_checkpoint.py OUT --size pocket
     scripts/make_checkpoint.py OUT --size full                         # 15 GB, about 3 minutes
     scripts/make_checkpoint.py OUT --config my.json --set n_group=4 --set topk_group=2
+    scripts/make_checkpoint.py OUT --size full --empty                 # no weights: for dry runs
 
 The weights are calibrated so that mistakes show: logits have a standard deviation of about 1.5,
 attention, experts and shared experts each add a comparable share to the residual stream, router
@@ -121,11 +122,13 @@ def make_checkpoint(
     tokenizer_vocab: int | None = None,
     output_bias: bool = False,
     progress: Progress | None = None,
+    empty: bool = False,
 ) -> Path:
     """Write the checkpoint described by the `config.json` content `config`; returns `folder`.
 
     `tokenizer_vocab` (default: all of vocab_size) may be smaller than `vocab_size`, as published
-    tokenizers are; `output_bias` adds `o_proj.bias`; `progress(done, total)` counts bytes.
+    tokenizers are; `output_bias` adds `o_proj.bias`; `progress(done, total)` counts bytes; `empty`
+    leaves holes where weights would be, which take no disk.
     Raises ConfigError as `ModelConfig` does or for a vocabulary below 261; OutputError when
     `folder` exists.
     """
@@ -151,6 +154,9 @@ def make_checkpoint(
             weight_map.update(dict.fromkeys(names, file))
             with (partial / file).open("wb") as f:
                 f.write(header({name: shapes[name] for name in names}, code, width))
+                if empty:
+                    f.truncate(f.tell() + sum(sizes[name] for name in names))
+                    continue
                 for name in names:
                     mean, std = calibration(model, name)
                     for block in draw(f"{seed}/{name}", math.prod(shapes[name])):
@@ -430,6 +436,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--shard-mib", type=int, default=4096, metavar="N", help="default 4096")
     parser.add_argument("--tokenizer-vocab", type=int, metavar="N", help="default: vocab_size")
+    parser.add_argument("--empty", action="store_true", help="holes in place of weights")
     args = parser.parse_args()
 
     def show(done: int, total: int) -> None:
@@ -449,6 +456,7 @@ def main() -> int:
             shard_bytes=args.shard_mib << 20,
             tokenizer_vocab=args.tokenizer_vocab,
             progress=show,
+            empty=args.empty,
         )
     except (MegrezError, OSError, ValueError) as e:
         print(f"make_checkpoint: {e}", file=sys.stderr)

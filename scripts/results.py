@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measure the pocket checkpoint at every level and write the table into README.md.
+"""Measure the pocket checkpoint at every level and write the tables between the results markers.
 
-scripts/results.py            rewrite the block between the results markers
-scripts/results.py --print    only print it
+scripts/results.py            all levels into scripts/BENCHMARKS.md, the usual ones into README.md
+scripts/results.py --print    only print the table of all levels
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ import argparse
 import re
 import sys
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 from megrez_parity.harness import measure
+from megrez_parity.levels import LEVELS
 from megrez_parity.results import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = Path("tests/data/pocket")
 WINDOWS = 16
+# In the README: those a user chooses among.
+USUAL = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "recipe:megrez-q5", "q4_k_m")
+USUAL += ("recipe:megrez-q4", "q4_0", "q3_k_m", "recipe:megrez-q3")
 BLOCK = re.compile(r"(?s)(<!-- results:begin[^\n]*-->\n).*?(<!-- results:end -->)")
 
 
-def markdown(report: Report) -> str:
-    """The README's block: a table and where its figures come from."""
+def markdown(report: Report, shown: Collection[str]) -> str:
+    """A table of the levels `shown`, and where its figures come from."""
     windows = sum(text.windows for text in report.texts)
     lines = [
         f"The pocket checkpoint against the torch reference ({report.reference.dtype}), over "
@@ -37,6 +42,8 @@ def markdown(report: Report) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for level in report.levels:
+        if level.level not in shown:
+            continue
         m = level.metrics
         same = [layer.identical.value for layer in level.routing]
         lines.append(
@@ -58,16 +65,20 @@ def main() -> int:
     parser.add_argument("--print", action="store_true", dest="only_print")
     args = parser.parse_args()
     report = measure(POCKET, windows=WINDOWS, say=lambda line: print(line, file=sys.stderr))
-    block = markdown(report)
+    whole = markdown(report, LEVELS)
     if args.only_print:
-        print(block, end="")
+        print(whole, end="")
         return 0
-    readme = ROOT / "README.md"
-    text, count = BLOCK.subn(lambda m: m[1] + block + m[2], readme.read_text("utf-8"))
-    if count != 1:
-        print("error: README.md has no results markers", file=sys.stderr)
-        return 1
-    readme.write_text(text, "utf-8")
+    for name, block in (
+        ("README.md", markdown(report, USUAL)),
+        ("scripts/BENCHMARKS.md", whole),
+    ):
+        page = ROOT / name
+        text, count = BLOCK.subn(lambda m, b=block: m[1] + b + m[2], page.read_text("utf-8"))
+        if count != 1:
+            print(f"error: {name} has no results markers", file=sys.stderr)
+            return 1
+        page.write_text(text, "utf-8")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Makes a checkpoint's GGUF file at each quantization level, one at a time.
 
 A level is named like llama.cpp's file types, e.g. "q4_k_m"; "q4_k_m+imatrix" is the same types,
-with rounding weighted by an importance matrix. "recipe:NAME" is one of our own mixes, which may
-have "+imatrix", too.
+with rounding weighted by an importance matrix. "recipe:NAME" is a mix of types, ours or from a file
+"recipe:FILE.toml", which may have "+imatrix", too.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ Say = Callable[[str], None]
 IMATRIX = "+imatrix"
 PREFIX = "recipe:"
 
-# All that can be made, beside recipes.
-KNOWN = (*PLAIN, *EITHER, *(name + IMATRIX for name in (*EITHER, *WEIGHTED)))
+RECIPES = tuple(PREFIX + name for name in recipes.names())
+
+# All that can be made, beside recipes from files.
+KNOWN = (*PLAIN, *EITHER, *RECIPES, *(n + IMATRIX for n in (*EITHER, *WEIGHTED, *RECIPES)))
 # Compared unless others are asked for.
 LEVELS = (
     *FLOATS,
     "q8_0",
     *("q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl", "iq4_xs"),
     *("mxfp4_moe", "q3_k_m", "q2_k"),
+    *RECIPES,
     *("q4_k_m+imatrix", "iq4_xs+imatrix", "q3_k_m+imatrix", "q2_k+imatrix"),
 )
 
@@ -65,8 +68,9 @@ def check(level: str, calibrated: bool = True) -> None:
         if base in PLAIN:
             raise ConfigError(f"level {level!r}: an importance matrix changes nothing in {base}")
         raise ConfigError(
-            f"unknown level {level!r}; known: {', '.join((*PLAIN, *EITHER))}; and with "
-            f"{IMATRIX} after the name: {', '.join((*EITHER, *WEIGHTED))}; and {PREFIX}NAME"
+            f"unknown level {level!r}; known: {', '.join((*PLAIN, *EITHER, *RECIPES))}; and "
+            f"with {IMATRIX} after the name: {', '.join((*EITHER, *WEIGHTED, *RECIPES))}; and "
+            f"{PREFIX}FILE.toml"
         )
     if base != level and not calibrated:
         raise ConfigError(
@@ -102,7 +106,7 @@ class Maker:
         Raises ConfigError as `check` does, and what converting, quantizing and loading raise.
         """
         check(level, self._imatrix is not None or len(self._calibration) > 0)
-        path = self._folder / f"{level}.gguf"
+        path = self._folder / f"{level.replace('/', '-')}.gguf"
         try:
             yield Made(path, self._make(level, path))
         finally:

@@ -106,6 +106,10 @@ class Comparison:
         named = dict(zip(_FIGURES, (Figure(*figure) for figure in figures), strict=True))
         return Metrics(**named, positions=len(rows))
 
+    def mean_kld(self) -> float:
+        """The mean KLD over all positions, in nats, without the time an interval takes."""
+        return float(np.concatenate(self._groups(None))[:, _KLD].mean())
+
     def kld_percentiles(self) -> list[float]:
         """The 0th, 1st, ... 100th percentile of the KLD over all positions, in nats."""
         kld = np.concatenate(self._groups(None))[:, _KLD]

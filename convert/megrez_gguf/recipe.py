@@ -1,5 +1,7 @@
 """Recipes: a level, and the types of the tensors that are to differ from it.
 
+Those in the folder `recipes` go by name; anyone's own is a TOML file:
+
     description = "..."
     level = "q4_k_m"          # decides every tensor not named below
 
@@ -17,12 +19,14 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megrez_gguf import levels
 from megrez_gguf.errors import ConfigError
+
+_FOLDER = Path(__file__).with_name("recipes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,15 @@ class Recipe:
     level: str
     types: tuple[tuple[str, str], ...] = ()
     description: str = ""
+    built_in: bool = False
 
     def check_matches(self, names: Iterable[str]) -> None:
-        """Raise ConfigError for a pattern that is in no tensor's name: it would do nothing."""
+        """Raise ConfigError for a pattern that is in no tensor's name: it would do nothing.
+
+        The recipes here name tensors that not every configuration has.
+        """
+        if self.built_in:
+            return
         names = list(names)
         for pattern, _ in self.types:
             if not any(re.search(pattern, name) for name in names):
@@ -45,18 +55,29 @@ class Recipe:
                 )
 
 
-def load(source: str | os.PathLike[str]) -> Recipe:
-    """The recipe in a TOML file.
+def names() -> list[str]:
+    """Of the recipes that need no file."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
-    Raises ConfigError: no such file, not TOML, an unknown key, level or type, or a pattern that is
-    no regular expression.
+
+def load(source: str | os.PathLike[str]) -> Recipe:
+    """The recipe of that name, or in that TOML file.
+
+    Raises ConfigError: neither, not TOML, an unknown key, level or type, or a pattern that is no
+    regular expression.
     """
+    if source in names():
+        path = _FOLDER / f"{source}.toml"
+        return replace(_parse(str(source), str(path), path.read_text("utf-8")), built_in=True)
     path = Path(source)
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise ConfigError(f"recipe {path}: cannot be read: {reason}") from None
+        raise ConfigError(
+            f"recipe {path}: cannot be read: {reason}. Expected a TOML file or one of "
+            f"{', '.join(names())}"
+        ) from None
     return _parse(path.stem, str(path), text)
 
 

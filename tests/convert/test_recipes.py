@@ -1,0 +1,69 @@
+"""The recipes that come with the converter: what they promise of size, at any configuration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import TINY, Make, cli
+
+from make_checkpoint import FULL, make_checkpoint
+from megrez_gguf import recipe
+from megrez_gguf.errors import ConfigError
+from megrez_gguf.pipeline import plan_convert
+
+POCKET = Path(__file__).parents[1] / "data" / "pocket"
+# A recipe's name says whose size it may have.
+BOUNDS = {"megrez-q3": "q3_k_m", "megrez-q4": "q4_k_m", "megrez-q5": "q5_k_m"}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The full size, without weights."""
+    folder = tmp_path_factory.mktemp("full") / "full"
+    return make_checkpoint(FULL, folder, tokenizer_vocab=4000, empty=True)
+
+
+def test_all_are_known() -> None:
+    assert recipe.names() == sorted(BOUNDS)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_no_larger_than_the_level(name: str, full: Path) -> None:
+    for checkpoint in (POCKET, full):
+        mine = plan_convert(checkpoint, recipe=name)
+        assert mine.nbytes <= plan_convert(checkpoint, outtype=BOUNDS[name]).nbytes
+        assert mine.fallbacks == ()
+        assert mine.path.name.endswith(f"-{name}.gguf")
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_names_every_tensor_once(name: str, full: Path) -> None:
+    types = recipe.load(name).types
+    for item in plan_convert(full, recipe=name).items:
+        kinds = [kind.upper() for pattern, kind in types if re.search(pattern, item.name)]
+        assert kinds == ([] if item.encoding.name == "F32" else [item.encoding.name]), item.name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tie_word_embeddings": True},
+        {"first_k_dense_replace": 0},
+        {"n_shared_experts": 0},
+        {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ],
+)
+def test_serves_any_configuration(make: Make, tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert (TINY | fields) != TINY
+    for name in BOUNDS:
+        out = tmp_path / f"{name}.gguf"
+        done = cli("convert", make(**fields), "-o", out, "--recipe", name)
+        assert done.exit_code == 0, done.stderr
+
+
+def test_an_unknown_name_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"recipe megrez-q9: .*megrez-q4"):
+        recipe.load("megrez-q9")

@@ -1,0 +1,114 @@
+"""The search for recipes: it finds what brute force finds, in the sizes asked for, and goes on."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import search_recipes as search
+from make_checkpoint import SMALL, make_checkpoint
+from megrez_gguf import recipe
+from megrez_gguf.pipeline import convert
+from search_recipes import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
+
+POCKET = Path(__file__).parents[1] / "data" / "pocket"
+
+
+def options(seed: int, roles: int = 5) -> list[list[Choice]]:
+    draw = random.Random(seed)
+
+    def choice(kind: int) -> Choice:
+        return Choice(str(kind), draw.random() / (kind + 1), (draw.randrange(900), kind * 100))
+
+    return [[choice(kind) for kind in range(4)] for _ in range(roles)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_mix_is_the_best(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "GRID", 1 << 20)
+    budgets = (2200, 900)
+    table = options(seed)
+    fitting = {}
+    for chosen in itertools.product(*table):
+        used = [sum(sizes) for sizes in zip(*(c.nbytes for c in chosen), strict=True)]
+        if all(u <= b for u, b in zip(used, budgets, strict=True)):
+            fitting[tuple(c.kind for c in chosen)] = sum(c.kld for c in chosen)
+    found = list(best_mixes(table, budgets))
+    assert found[0] == min(fitting, key=fitting.__getitem__)
+    assert set(found) <= fitting.keys()
+    assert [predicted(m, table) for m in found] == sorted(predicted(m, table) for m in found)
+    monkeypatch.setattr(search, "GRID", 400)
+    assert predicted(next(best_mixes(table, budgets)), table) < 1.05 * fitting[found[0]]
+    near = set(neighbours(found[0], table, budgets))
+    assert near == {
+        m for m in fitting if 0 < sum(a != b for a, b in zip(m, found[0], strict=True)) <= 2
+    }
+    assert list(best_mixes(table, (0, 0))) == []
+
+
+def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    roles = roles_of(POCKET)
+    assert tuple(roles) == search.ROLES
+    sizes = Sizes(POCKET, roles)
+    assert not sizes.can(r"\.ffn_down_exps\.", "q4_K")
+    assert sizes.can(r"\.ffn_down_exps\.", "iq4_nl")
+    mix = ("q4_K", "q8_0", "iq4_xs", *("q5_0",) * (len(roles) - 3))
+    done = convert(POCKET, tmp_path / "x.gguf", recipe=search.recipe("x", "q4_k_m", roles, mix))
+    assert 0 <= done.nbytes - sizes.whole(mix) < 1024
+    assert sizes.level("q4_k_m") == convert(POCKET, tmp_path / "y.gguf", "q4_k_m").nbytes
+
+
+def test_a_role_the_model_lacks_is_left_out(tmp_path: Path) -> None:
+    folder = make_checkpoint(
+        SMALL | {"tie_word_embeddings": True, "n_shared_experts": 0}, tmp_path / "c"
+    )
+    missing = set(search.ROLES) - set(roles_of(folder))
+    assert missing == {r"^output\.", r"\.ffn_(gate|up)_shexp\.", r"\.ffn_down_shexp\."}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A search small enough for a test: three roles, three types, few tokens."""
+    rest = r"^token_embd\.|\.attn_(q|k|v|output)\.|_shexp\.|\.ffn_(gate|up|down)\."
+    roles = (r"^output\.", r"_exps\.", rest)
+    monkeypatch.setattr(search, "ROLES", roles)
+    monkeypatch.setattr(search, "TYPES", ("q4_0", "q5_0", "q8_0"))
+    monkeypatch.setattr(search, "TARGETS", {"mine": "q5_0"})
+    monkeypatch.setattr(search, "STOCK", ("q5_0",))
+    work = tmp_path / "work"
+    return [str(POCKET), "--work", str(work), "--ctx", "64", "--windows", "2"]
+
+
+@pytest.mark.slow
+def test_searches_judges_and_goes_on(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*more: str) -> str:
+        monkeypatch.setattr("sys.argv", ["search_recipes", *arguments, *more])
+        assert search.main() == 0
+        return (tmp_path / "work" / "mine.toml").read_text("utf-8")
+
+    text = run()
+    found = recipe.load(tmp_path / "work" / "mine.toml")
+    assert found.level == "q5_0"
+    assert "No larger than q5_0" in tomllib.loads(text)["description"]
+    plain, mine = (convert(POCKET, tmp_path / "x.gguf", force=True, **o).nbytes  # type: ignore[arg-type]
+                   for o in ({"outtype": "q5_0"}, {"recipe": found}))  # fmt: skip
+    assert mine <= plain
+    assert (tmp_path / "work" / "report" / "report.html").is_file()
+
+    # Killed while it wrote its last line, it measures that one again, and no other.
+    (log,) = (tmp_path / "work").glob("measured-*.jsonl")
+    whole = log.read_text("utf-8")
+    log.write_text(whole[:-5], "utf-8")
+    measured = []
+    real = search.Meter._measure
+    monkeypatch.setattr(
+        search.Meter, "_measure", lambda self, mix: measured.append(mix) or real(self, mix)
+    )
+    assert run("--no-judge") == text
+    assert len(measured) == 1
