@@ -41,9 +41,8 @@ def markdown(report: Report, shown: Collection[str]) -> str:
         "| level | MiB | NMSE of logits | mean KLD | 99% KLD | same top | PPL ratio | experts |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for level in report.levels:
-        if level.level not in shown:
-            continue
+    levels = {level.level: level for level in report.levels}
+    for level in (levels[name] for name in shown):
         m = level.metrics
         same = [layer.identical.value for layer in level.routing]
         lines.append(
