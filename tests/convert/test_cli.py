@@ -99,9 +99,17 @@ def test_interrupt_while_nothing_is_written(tmp_path: Path) -> None:
     pipe = tmp_path / "config.json"
     os.mkfifo(pipe)
     process = subprocess.Popen([*RUN, "inspect", str(tmp_path)], stderr=subprocess.PIPE, text=True)
-    time.sleep(0.7)
+    deadline = time.monotonic() + 30
+    while True:  # until it reads
+        try:
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
+    os.close(writer)
     assert process.returncode == 130
     assert "Traceback" not in stderr
 
