@@ -29,7 +29,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -41,7 +41,7 @@ from megrez_gguf.recipe import Recipe
 from megrez_parity.engine import Engine
 from megrez_parity.harness import measure
 from megrez_parity.metrics import Comparison
-from megrez_parity.provenance import checkpoint_sha256
+from megrez_parity.provenance import checkpoint_sha256, sha256
 from megrez_parity.report import print_table, write
 from megrez_parity.stream import StoredReference, cache_key
 from megrez_parity.windows import read_corpus
@@ -152,7 +152,7 @@ class Meter:
             config, args.checkpoint, tokens, args.work / f"reference-{key}", weights, say
         )
         self._reference.run()
-        weighted = "-imatrix" if args.imatrix else ""
+        weighted = f"-{sha256([args.imatrix])[0][:16]}" if args.imatrix else ""
         self._log = args.work / f"measured-{key}{weighted}.jsonl"
         self._file = args.work / "candidate.gguf"
         self._known: dict[str, float] = {}
@@ -318,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
     meter = Meter(args)
     say("What each type of each role adds to the mean KLD:")
     options = choices(meter, roles, sizes)
-    found: Mapping[str, str] = {}
+    found = []
     for name, level in TARGETS.items():
         # Names of types in the metadata differ in length: a kilobyte of room.
         budgets = [s.level(level) - s.other - 1024 for s in sizes]
@@ -331,13 +331,13 @@ def run(args: argparse.Namespace) -> None:
         )
         path = (RECIPES if args.write else args.work) / f"{name}.toml"
         path.write_text(text, "utf-8")
-        found[name if args.write else str(path)] = level
+        found.append(f"recipe:{name if args.write else path}")
     if not args.judge:
         return
     say("Judging on windows the search has not seen")
-    levels = [*STOCK, *(f"recipe:{name}" for name in found)]
+    levels = [*STOCK, *found]
     if args.imatrix:
-        levels += [f"{level}+imatrix" for level in (*TARGETS.values(), *levels[len(STOCK) :])]
+        levels += [f"{level}+imatrix" for level in (*TARGETS.values(), *found)]
     report = measure(
         args.checkpoint,
         levels,
