@@ -238,12 +238,16 @@ def test_llama_imatrix_reads_ours(ours: Path, collected: Imatrix, tmp_path: Path
     assert codes[0] == 0 != codes[1]
 
 
+@pytest.fixture
+def few(exact: Path, windows: list[NDArray[np.int32]], tmp_path: Path) -> Path:
+    """A matrix with experts that no token reached."""
+    path = tmp_path / "few.gguf"
+    collect(exact, [windows[0][:2]], CONTEXT).save(path)
+    return path
+
+
 @pytest.mark.slow
-def test_merges_as_llama_imatrix_does(
-    ours: Path, exact: Path, windows: list[NDArray[np.int32]], tmp_path: Path
-) -> None:
-    few = tmp_path / "few.gguf"
-    collect(exact, [windows[0][:2]], CONTEXT).save(few)
+def test_merges_as_llama_imatrix_does(ours: Path, few: Path, tmp_path: Path) -> None:
     assert load(few).unseen()
     files = (few, ours, few)
     the_same(by_llama_imatrix(tmp_path / "theirs.gguf", *files), merge([load(f) for f in files]))
@@ -251,11 +255,9 @@ def test_merges_as_llama_imatrix_does(
 
 @pytest.mark.slow
 def test_reads_the_old_format_of_llama_imatrix(
-    native: Path, exact: Path, windows: list[NDArray[np.int32]], tmp_path: Path
+    native: Path, exact: Path, few: Path, tmp_path: Path
 ) -> None:
-    few = tmp_path / "few.gguf"
-    collect(exact, [windows[0][:2]], CONTEXT).save(few)
-    for path in (native, few):  # few has experts that no token reached
+    for path in (native, few):
         old = by_llama_imatrix(tmp_path / "old.dat", path, form="dat")
         new = load(path)
         assert old.counts == {}
