@@ -8,6 +8,7 @@ model that is quietly wrong.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import stat
 import threading
@@ -115,6 +116,10 @@ class Tensor:
             raise unreadable(self, e) from None
 
 
+# Bytes read at once past the system's cache.
+_DIRECT = (8 << 20) + mmap.PAGESIZE
+
+
 class OpenShards:
     """Shards held open, for reading anywhere in their tensors from any thread.
 
@@ -123,7 +128,8 @@ class OpenShards:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: dict[Path, int] = {}
+        self._open: dict[tuple[Path, int], int] = {}
+        self._local = threading.local()
 
     def __enter__(self) -> OpenShards:
         return self
@@ -133,35 +139,59 @@ class OpenShards:
             os.close(descriptor)
         self._open.clear()
 
-    def descriptor(self, tensor: Tensor) -> int:
+    def _descriptor(self, tensor: Tensor, flags: int = 0) -> int:
         """The open file that holds `tensor`."""
-        path = tensor.shard.path
+        key = tensor.shard.path, flags
         with self._lock:
-            if path not in self._open:
-                try:
-                    self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                except OSError as e:
-                    raise unreadable(tensor, e) from None
-            return self._open[path]
+            if key not in self._open:
+                everywhere = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+                self._open[key] = os.open(tensor.shard.path, everywhere | flags)
+            return self._open[key]
 
     def read(self, tensor: Tensor, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of `tensor` from `offset` on."""
-        descriptor, position = self.descriptor(tensor), tensor.begin + offset
+        """Fill `into` with the bytes of `tensor` from `offset` on.
+
+        What the system has not cached is read past its cache: it is read once, and the copies and
+        the bookkeeping would take as much time as the disk does.
+        """
+        position = tensor.begin + offset
         try:
+            descriptor = self._descriptor(tensor)
             while into:
-                count = os.preadv(descriptor, [into], position)
+                count = (
+                    self._cached(descriptor, into, position)
+                    or self._direct(tensor, into, position)
+                    or os.preadv(descriptor, [into], position)
+                )
                 if not count:
                     raise ended_early(tensor)
                 into, position = into[count:], position + count
         except OSError as e:
             raise unreadable(tensor, e) from None
 
-    def announce(self, tensor: Tensor, offset: int, count: int) -> None:
-        """Tell the system that these bytes will be read soon."""
-        if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):
-                begin, advice = tensor.begin + offset, os.POSIX_FADV_WILLNEED
-                os.posix_fadvise(self.descriptor(tensor), begin, count, advice)
+    @staticmethod
+    def _cached(descriptor: int, into: memoryview, position: int) -> int:
+        """Read what is in the system's cache; returns how many bytes, 0 for none."""
+        with suppress(OSError, AttributeError):  # where there is no such flag
+            return os.preadv(descriptor, [into], position, os.RWF_NOWAIT)
+        return 0
+
+    def _direct(self, tensor: Tensor, into: memoryview, position: int) -> int:
+        """Read past the system's cache; returns how many bytes, 0 where that cannot be done."""
+        if not hasattr(os, "O_DIRECT"):
+            return 0
+        buffer: mmap.mmap | None = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = mmap.mmap(-1, _DIRECT)
+        skipped = position % mmap.PAGESIZE
+        wanted = min(_DIRECT, -(-(skipped + len(into)) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        with suppress(OSError), memoryview(buffer)[:wanted] as aligned:
+            descriptor = self._descriptor(tensor, os.O_DIRECT)
+            found = os.preadv(descriptor, [aligned], position - skipped) - skipped
+            count = max(0, min(found, len(into)))
+            into[:count] = aligned[skipped : skipped + count]
+            return count
+        return 0
 
 
 def ended_early(tensor: Tensor) -> CheckpointError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ if sys.platform != "win32":  # which has no such locks: leftovers stay where the
     import fcntl
 
 _PREFIX, _SUFFIX = ".megrez-gguf-", ".part"
-# Writing to the disk is asked for in pieces of this size, long before the system would begin.
-_FLUSH = 64 << 20
+# Bytes written at once.
+_BUFFER = 16 << 20
 
 
 class OutputFiles:
@@ -40,8 +42,12 @@ class OutputFiles:
             _check(path, force, inputs)
         self._temporary: list[Path] = []
         self._descriptors: list[int] = []
+        self._direct: list[int] = []  # the same files, or -1
         self._current = -1
-        self._position = self._flushed = 0
+        self._position = self._used = 0
+        self._buffers = [mmap.mmap(-1, _BUFFER), mmap.mmap(-1, _BUFFER)]
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def reserve(self, nbytes: int) -> None:
         """Remove what killed processes left, and see that `nbytes` will fit.
@@ -63,6 +69,7 @@ class OutputFiles:
             except OSError as e:
                 self._remove()
                 raise OutputError(f"{path}: cannot be written: {e.strerror}") from None
+            self._direct.append(_open_direct(self._temporary[-1]))
         return self
 
     def _create(self, path: Path) -> None:
@@ -83,62 +90,75 @@ class OutputFiles:
 
     def start(self, index: int) -> None:
         """Go on with the file `index`."""
-        if self._current >= 0:
-            self._flush(self._position)
-        self._current, self._position, self._flushed = index, 0, 0
+        self._drain()
+        self._current, self._position = index, 0
 
     def write(self, data: Any) -> None:
-        """Append bytes to the current file."""
+        """Append bytes to the current file, behind the caller's back: errors may come later."""
         view = memoryview(data).cast("B")
-        try:
-            while view:
-                count = os.write(self._descriptors[self._current], view)
-                view = view[count:]
-                self._advance(count)
-        except OSError as e:
-            raise self._failed(e) from None
+        while view:
+            count = min(len(view), _BUFFER - self._used)
+            self._buffers[0][self._used : self._used + count] = view[:count]
+            self._used += count
+            view = view[count:]
+            if self._used == _BUFFER:
+                self._hand_over()
 
-    def copy(self, source: int, offset: int, count: int) -> int:
-        """Append up to `count` bytes of another open file, inside the kernel where it can.
+    def _hand_over(self) -> None:
+        """Let the writing thread have what has gathered; go on in the other buffer."""
+        self._wait()
+        if self._used:
+            job = self._current, self._buffers[0], self._used, self._position
+            self._writing = self._writer.submit(self._write_out, *job)
+            self._position += self._used
+            self._used = 0
+            self._buffers.reverse()
 
-        Returns how many were copied, 0 at the end of `source`. OSError where `source` fails.
-        """
-        target = self._descriptors[self._current]
-        if hasattr(os, "copy_file_range"):
-            # Its errors do not tell which of the files is at fault, and some file systems answer 0
-            # for what they cannot do: reading and writing tell.
-            with suppress(OSError):
-                if copied := os.copy_file_range(source, target, count, offset):
-                    self._advance(copied)
-                    return copied
-        data = os.pread(source, min(count, 4 << 20), offset)
-        self.write(data)
-        return len(data)
+    def _wait(self) -> None:
+        if self._writing:
+            try:
+                self._writing.result()
+            except OSError as e:
+                raise self._failed(e) from None
+            finally:
+                self._writing = None
+
+    def _drain(self) -> None:
+        self._hand_over()
+        self._wait()
+
+    def _write_out(self, index: int, buffer: mmap.mmap, used: int, position: int) -> None:
+        done = 0
+        with memoryview(buffer)[:used] as gathered:
+            while done < used:
+                count = self._write_direct(index, gathered[done:], position + done)
+                if not count:
+                    count = os.pwrite(self._descriptors[index], gathered[done:], position + done)
+                done += count
+
+    def _write_direct(self, index: int, data: memoryview, position: int) -> int:
+        """Write whole pages past the system's cache; returns how many bytes, 0 if it cannot."""
+        whole = len(data) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._direct[index] < 0 or not whole or position % mmap.PAGESIZE:
+            return 0
+        with suppress(OSError):  # an ordinary write tells what is wrong
+            return os.pwrite(self._direct[index], data[:whole], position)
+        return 0
 
     def rewrite(self, index: int, head: bytes) -> None:
-        """Replace the first bytes of the file `index`."""
+        """Replace the first bytes of the file `index`, which have been written."""
+        self._drain()
         try:
-            os.pwrite(self._descriptors[index], head, 0)
+            done = 0
+            while done < len(head):
+                done += os.pwrite(self._descriptors[index], head[done:], done)
         except OSError as e:
             raise self._failed(e) from None
-
-    def _advance(self, count: int) -> None:
-        self._position += count
-        if self._position - self._flushed >= _FLUSH:
-            self._flush(self._position)
-
-    def _flush(self, end: int) -> None:
-        """Let the disk begin with what has been written, so that little is left for the end."""
-        if hasattr(os, "posix_fadvise"):
-            # Starts writing dirty pages and does not wait for them.
-            descriptor, begin = self._descriptors[self._current], self._flushed
-            with suppress(OSError):
-                os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
-        self._flushed = end
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
+                self._drain()
                 self._commit()
         except OSError as e:
             raise self._failed(e) from None
@@ -170,20 +190,28 @@ class OutputFiles:
                     os.close(folder)
 
     def _remove(self) -> None:
-        for descriptor in self._descriptors:
+        self._writer.shutdown()
+        for descriptor in (*self._descriptors, *(d for d in self._direct if d >= 0)):
             # What is kept has been synced; a full network disk repeats its error here.
             with suppress(OSError):
                 os.close(descriptor)
         for temporary in self._temporary:
             with suppress(OSError):
                 temporary.unlink()
-        self._descriptors, self._temporary = [], []
+        self._descriptors, self._direct, self._temporary = [], [], []
 
     def _failed(self, error: OSError) -> OutputError:
         path = self._paths[max(self._current, 0)]
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return OutputError(f"{path}: the disk is full; nothing was left behind")
         return OutputError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _open_direct(path: Path) -> int:
+    """The file, to be written past the system's cache; -1 where that cannot be done."""
+    with suppress(OSError, AttributeError):
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    return -1
 
 
 def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:

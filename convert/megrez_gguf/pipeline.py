@@ -195,7 +195,7 @@ class _Writer:
 
     def __init__(self, files: OutputFiles, starts: Mapping[str, tuple[int, bytes]]) -> None:
         self._files, self._starts = files, starts
-        self.write, self.copy = files.write, files.copy
+        self.write = files.write
 
     def begin(self, item: Item) -> None:
         if item.name in self._starts:

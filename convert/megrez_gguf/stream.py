@@ -4,8 +4,9 @@
     calling thread   hand the pieces to the sink, in order
     hashing thread   SHA-256 of each tensor as it is written
 
-Tensors that keep their type are not brought into this process to be written: the worker's read has
-put them into the system's cache, and the sink copies them there.
+Tensors that keep their type take the same way, in larger pieces: to copy them inside the kernel and
+to read them once more for their check and hash was slower than to go past the system's cache, when
+measured (scripts/BENCHMARKS.md).
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ import numpy as np
 import numpy.typing as npt
 
 from megrez_gguf import encode
-from megrez_gguf.checkpoint import RAW_DTYPE, OpenShards, Tensor, ended_early, unreadable
+from megrez_gguf.checkpoint import RAW_DTYPE, OpenShards, Tensor
 from megrez_gguf.encode import Array, Encoding, Loss
 from megrez_gguf.errors import CheckpointError
 from megrez_gguf.machine import available_cpus
 
 # Elements encoded at once: some megabytes, so that memory stays small and cores share the work.
 PIECE = 1 << 20
-# Bytes checked or hashed at once: small enough to stay in a core's cache.
+# Bytes checked at once: small enough to stay in a core's cache.
 _BLOCK = 1 << 20
-# Bytes copied at once.
-_COPY = 16 << 20
+# Bytes at once of what keeps its type: large enough for a disk to be at its best.
+_COPY = 8 << 20
 # Pieces written and not yet hashed, at most.
 _UNHASHED = 4
 
-# What a piece became, None if it is to be copied as it is; and what was lost.
-_Worked = tuple[Array | None, Loss]
+# What a piece became, and what was lost.
+_Worked = tuple[Array, Loss]
 
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and in all."""
@@ -69,9 +70,6 @@ class Sink(Protocol):
 
     def begin(self, item: Item) -> None: ...
     def write(self, data: Array) -> None: ...
-    def copy(self, source: int, offset: int, count: int) -> int:
-        """Take up to `count` bytes at `offset` of an open file; returns how many, 0 at its end."""
-
     def end(self, item: Item) -> None: ...
 
 
@@ -86,7 +84,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of one source of an item: `rows` of matrix `matrix`, or 0 `rows` to copy as it is."""
+    """A part of one source of an item: `rows` of matrix `matrix`, or 0 `rows` to keep as it is."""
 
     item: Item
     source: Tensor
@@ -174,7 +172,6 @@ class _Stream:
         with ThreadPoolExecutor(threads) as workers, self.hasher:
             try:
                 for piece in (piece for item in items for piece in _pieces(item)):
-                    self.files.announce(piece.source, piece.offset, piece.nbytes)
                     waiting.append((piece, workers.submit(self.work, piece)))
                     if len(waiting) > 2 * threads + 2:
                         self.finish(*waiting.popleft())
@@ -192,30 +189,27 @@ class _Stream:
 
     def work(self, piece: _Piece) -> _Worked:
         if not piece.rows:
-            self.check(piece)
-            return None, Loss()
-        raw = self.buffer("raw", PIECE * 4)[: piece.nbytes]
-        self.files.read(piece.source, piece.offset, raw.data)
-        values = raw.view(RAW_DTYPE[piece.source.dtype])
-        self.check_finite(piece, values, piece.offset)
-        return self.encode(piece, values)
+            return self.read(piece, np.empty(piece.nbytes, np.uint8)), Loss()
+        raw = self.read(piece, self.buffer()[: piece.nbytes])
+        return self.encode(piece, raw.view(RAW_DTYPE[piece.source.dtype]))
 
-    def buffer(self, name: str, nbytes: int) -> npt.NDArray[np.uint8]:
+    def buffer(self) -> npt.NDArray[np.uint8]:
         """A buffer of this thread's, kept for its next pieces."""
-        kept: npt.NDArray[np.uint8] | None = getattr(self.local, name, None)
-        if kept is None or kept.nbytes < nbytes:
-            kept = np.empty(nbytes, np.uint8)
-            setattr(self.local, name, kept)
+        kept: npt.NDArray[np.uint8] | None = getattr(self.local, "buffer", None)
+        if kept is None:
+            kept = self.local.buffer = np.empty(PIECE * 4, np.uint8)
         return kept
 
-    def check(self, piece: _Piece) -> None:
-        """Read what the sink will copy, into the system's cache and to see that it is finite."""
+    def read(self, piece: _Piece, into: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The bytes of a piece, all of them finite weights or none of them weights."""
+        self.files.read(piece.source, piece.offset, into.data)
         dtype = RAW_DTYPE.get(piece.source.dtype)
-        for begin in range(0, piece.nbytes, _BLOCK):
-            block = self.buffer("raw", _BLOCK)[: min(_BLOCK, piece.nbytes - begin)]
-            self.files.read(piece.source, piece.offset + begin, block.data)
-            if dtype is not None:
-                self.check_finite(piece, block.view(dtype), piece.offset + begin)
+        if dtype is not None:
+            for begin in range(0, piece.nbytes, _BLOCK):
+                self.check_finite(
+                    piece, into[begin : begin + _BLOCK].view(dtype), piece.offset + begin
+                )
+        return into
 
     @staticmethod
     def check_finite(piece: _Piece, values: Array, offset: int) -> None:
@@ -253,10 +247,7 @@ class _Stream:
         if piece.first:
             self.sink.begin(piece.item)
             self.item_loss = Loss()
-        if data is None:
-            self.copy(piece)
-        else:
-            self.sink.write(data)
+        self.sink.write(data)
         self.hashing.append(self.hasher.submit(self.hash, piece, data))
         if len(self.hashing) > _UNHASHED:
             self.hashing.popleft().result()
@@ -268,18 +259,6 @@ class _Stream:
         self.done += piece.nbytes
         if self.progress:
             self.progress(self.done, self.total)
-
-    def copy(self, piece: _Piece) -> None:
-        source, end = self.files.descriptor(piece.source), piece.offset + piece.nbytes
-        offset = piece.offset
-        while offset < end:
-            try:
-                count = self.sink.copy(source, piece.source.begin + offset, end - offset)
-            except OSError as e:
-                raise unreadable(piece.source, e) from None
-            if not count:
-                raise ended_early(piece.source)
-            offset += count
 
     def end(self, item: Item) -> None:
         if self.item_loss.overflow and not self.clamp:
@@ -294,14 +273,8 @@ class _Stream:
 
     # --- in the hashing thread
 
-    def hash(self, piece: _Piece, data: Array | None) -> None:
-        if data is not None:
-            self.digest.update(data.reshape(-1).view(np.uint8).data)
-        else:
-            for begin in range(0, piece.nbytes, _BLOCK):
-                block = self.buffer("raw", _BLOCK)[: min(_BLOCK, piece.nbytes - begin)]
-                self.files.read(piece.source, piece.offset + begin, block.data)
-                self.digest.update(block.data)
+    def hash(self, piece: _Piece, data: Array) -> None:
+        self.digest.update(data.reshape(-1).view(np.uint8).data)
         if piece.last:
             self.outcome.sha256.append(self.digest.hexdigest())
             self.digest = hashlib.sha256()

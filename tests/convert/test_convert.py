@@ -372,7 +372,7 @@ def test_enospc_has_a_message(
             file.write(b"x")
         return 0
 
-    monkeypatch.setattr(output.os, "write", full)
+    monkeypatch.setattr(output.os, "pwrite", full)
     with pytest.raises(OutputError, match="the disk is full"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -407,7 +407,8 @@ def test_interrupted(checkpoint: Path, tmp_path: Path, number: int, code: int) -
     out.mkdir()
     script = (
         "import time\n"
-        "from megrez_gguf import pipeline\n"
+        "from megrez_gguf import output, pipeline\n"
+        "output._BUFFER = 8192\n"
         "end = pipeline._Writer.end\n"
         "pipeline._Writer.end = lambda *a: (end(*a), time.sleep(0.05))\n"
         "from megrez_gguf.cli import main\n"
