@@ -7,6 +7,7 @@ model that is quietly wrong.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
@@ -118,6 +119,7 @@ class Tensor:
 
 # Bytes read at once past the system's cache.
 _DIRECT = (8 << 20) + mmap.PAGESIZE
+_mincore = ctypes.CDLL(None).mincore if hasattr(os, "O_DIRECT") else None
 
 
 class OpenShards:
@@ -129,6 +131,7 @@ class OpenShards:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[tuple[Path, int], int] = {}
+        self._mapped: dict[Path, npt.NDArray[np.uint8]] = {}
         self._local = threading.local()
 
     def __enter__(self) -> OpenShards:
@@ -138,6 +141,7 @@ class OpenShards:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+        self._mapped.clear()
 
     def _descriptor(self, tensor: Tensor, flags: int = 0) -> int:
         """The open file that holds `tensor`."""
@@ -158,10 +162,8 @@ class OpenShards:
         try:
             descriptor = self._descriptor(tensor)
             while into:
-                count = (
-                    self._cached(descriptor, into, position)
-                    or self._direct(tensor, into, position)
-                    or os.preadv(descriptor, [into], position)
+                count = self._direct(tensor, into, position) or os.preadv(
+                    descriptor, [into], position
                 )
                 if not count:
                     raise ended_early(tensor)
@@ -169,16 +171,27 @@ class OpenShards:
         except OSError as e:
             raise unreadable(tensor, e) from None
 
-    @staticmethod
-    def _cached(descriptor: int, into: memoryview, position: int) -> int:
-        """Read what is in the system's cache; returns how many bytes, 0 for none."""
-        with suppress(OSError, AttributeError):  # where there is no such flag
-            return os.preadv(descriptor, [into], position, os.RWF_NOWAIT)
-        return 0
+    def _cached(self, tensor: Tensor, position: int, count: int) -> bool:
+        """Whether the system says that it has all of these bytes in its cache."""
+        # To ask by RWF_NOWAIT would set off the very reading ahead that is to be avoided.
+        path, descriptor = tensor.shard.path, self._descriptor(tensor)
+        with self._lock:
+            if path not in self._mapped:
+                with suppress(OSError, ValueError):  # it is empty by now
+                    view = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                    self._mapped[path] = np.frombuffer(view, np.uint8)
+            mapped = self._mapped.get(path)
+        if mapped is None or _mincore is None:
+            return False
+        skipped = position % mmap.PAGESIZE
+        pages = np.zeros(-(-(skipped + count) // mmap.PAGESIZE), np.uint8)
+        begin = ctypes.c_void_p(mapped.ctypes.data + position - skipped)
+        failed = _mincore(begin, ctypes.c_size_t(skipped + count), pages.ctypes)
+        return not failed and bool(np.all(pages & 1))
 
     def _direct(self, tensor: Tensor, into: memoryview, position: int) -> int:
-        """Read past the system's cache; returns how many bytes, 0 where that cannot be done."""
-        if not hasattr(os, "O_DIRECT"):
+        """Read past the system's cache; returns how many bytes, 0 for none: read them plainly."""
+        if _mincore is None or self._cached(tensor, position, len(into)):
             return 0
         buffer: mmap.mmap | None = getattr(self._local, "buffer", None)
         if buffer is None:

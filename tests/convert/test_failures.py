@@ -258,10 +258,36 @@ def test_file_systems_without_locks_links_or_readable_folders(place: Place, call
 
 # --- the checkpoint changes, or cannot be read -------------------------------------------------
 
+
+@pytest.fixture(params=[True, False], ids=["cached", "cold"])
+def cached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the shards, which have just been written, are in the system's cache."""
+    if not request.param:
+        nothing = lambda begin, count, pages: 0  # noqa: E731
+        monkeypatch.setattr(checkpoint_module, "_mincore", nothing)
+    return bool(request.param)
+
+
 READS = ("preadv",)
 NAMES = r"model-\d+-of-\d+\.safetensors: tensor (model\.|lm_head)\S+: "
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="Linux only")
+def test_only_what_is_not_cached_is_read_past_the_cache(
+    place: Place, calls: Calls, cached: bool
+) -> None:
+    direct = []
+
+    def watch(number: int, real: Replace, path: Any, flags: int) -> Any:
+        direct.append(flags & os.O_DIRECT)
+        return real(path, flags)
+
+    calls.replace(checkpoint_module, {"open": watch})
+    place.convert("bf16")
+    assert any(direct) != cached
+
+
+@pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_read_error_names_shard_and_tensor(place: Place, calls: Calls, level: str) -> None:
     calls.replace(checkpoint_module, dict.fromkeys(READS, plain))
@@ -275,6 +301,7 @@ def test_a_read_error_names_shard_and_tensor(place: Place, calls: Calls, level: 
     assert place.convert(level) == expected
 
 
+@pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_shard_that_shrinks(place: Place, calls: Calls, level: str) -> None:
     """At any read: in the middle the tensor is named, at the end the shard."""
@@ -438,8 +465,11 @@ def test_writes_that_do_less_than_asked(
 @pytest.mark.usefixtures("small_writes")
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="Linux only")
 @pytest.mark.parametrize("first", [1, 3])
-def test_file_systems_that_cannot_go_past_the_cache(place: Place, calls: Calls, first: int) -> None:
+def test_file_systems_that_cannot_go_past_the_cache(
+    place: Place, calls: Calls, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
     """Refused when opened, or when first used."""
+    monkeypatch.setattr(checkpoint_module, "_mincore", lambda begin, count, pages: 0)
     expected = place.expect("bf16")
     refused = []
 
@@ -463,6 +493,7 @@ def test_file_systems_that_cannot_go_past_the_cache(place: Place, calls: Calls, 
     assert refused or first > 1
 
 
+@pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("level", LEVELS)
 def test_reads_that_do_less_than_asked(place: Place, calls: Calls, level: str) -> None:
     expected = place.expect(level)
