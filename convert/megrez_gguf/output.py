@@ -173,12 +173,15 @@ class OutputFiles:
             os.fsync(descriptor)
             temporary.chmod(0o666 & ~umask)
         placed: list[Path] = []
+        replacing = self._force and len(self._paths) > 1
+        if replacing:  # what loads the old parts, so that they are never loaded with new ones
+            self._paths[0].unlink(missing_ok=True)
         try:
             for temporary, path in reversed([*zip(self._temporary, self._paths, strict=True)]):
                 _place(temporary, path, self._force)
                 placed.append(path)
         except BaseException:
-            for path in placed if not self._force else ():
+            for path in placed if replacing or not self._force else ():
                 path.unlink(missing_ok=True)
             raise
         if hasattr(os, "O_DIRECTORY"):

@@ -61,7 +61,7 @@ class Calls:
 
         return fake
 
-    def also(self, module: ModuleType, name: str, value: object) -> None:
+    def also(self, module: object, name: str, value: object) -> None:
         self._monkeypatch.setattr(module, name, value)
 
     def restore(self) -> None:
@@ -229,6 +229,36 @@ def test_a_failure_while_parts_get_their_names(
         with pytest.raises(KeyboardInterrupt):
             place.convert("bf16", split=True)
         assert place.content() == {}, number
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "I/O")])
+def test_a_failure_while_parts_replace_others(
+    place: Place, calls: Calls, error: BaseException
+) -> None:
+    """Old parts and new ones are never loaded together."""
+    expected = place.expect("bf16", split=True)
+    first = next(iter(expected))
+    real = Path.replace
+    for number in range(1, len(expected) + 1):
+        for name in expected:
+            (place.folder / name).write_bytes(b"old")
+        done = []
+
+        def replace(path: Path, to: Path, number: int = number, done: list[Path] = done) -> Path:
+            done.append(path)
+            if len(done) == number:
+                raise error
+            return real(path, to)
+
+        calls.also(Path, "replace", replace)
+        with pytest.raises((KeyboardInterrupt, OutputError)):
+            place.convert("bf16", split=True, force=True)
+        left = place.content()
+        assert first not in left
+        assert set(left.values()) <= {b"old"}
+        assert len(left) == len(expected) - max(number, 1)
+    calls.restore()
+    assert place.convert("bf16", split=True, force=True) == expected
 
 
 def test_a_part_that_appears_meanwhile_is_kept(place: Place, calls: Calls) -> None:
