@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf import layout, metadata
+from megrez_gguf import hub, layout, metadata
 from megrez_gguf.checkpoint import Checkpoint
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError, RuntimeUnavailableError
@@ -52,7 +52,7 @@ _SHAPE = ("embedding_length", "block_count", "attention.head_count", "expert_cou
 
 
 def measure(
-    checkpoint: Path,
+    checkpoint: str | os.PathLike[str],
     levels: Sequence[str] = LEVELS,
     texts: Sequence[Path] = (),
     context: int = 512,
@@ -63,18 +63,20 @@ def measure(
     cache: Path | None = None,
     imatrix: Path | None = None,
     thresholds: Path | None = None,
+    revision: str | None = None,
     command: str = "",
     say: Say = lambda line: None,
 ) -> Report:
-    """Compare `checkpoint` at each level, and existing GGUF `files`, with the torch reference.
+    """Compare a checkpoint at each level, and existing GGUF `files`, with the torch reference.
 
     Every text gives up to `windows` windows of `context` tokens from its start; without `texts`,
-    the files of a folder `heldout` in or next to the checkpoint. A file is judged by the thresholds
-    of the level its file type names. `trace` looks for the tensor that errs first. `cache` is a
-    folder for the reference's results, by default one in the user's cache for large checkpoints
-    and a temporary one for small. `imatrix` is an importance matrix for the levels that ask for
-    one, by default collected on the texts beyond the windows. `thresholds` replaces the committed
-    bounds, `command` is recorded, `say` is told what is being done.
+    the files of a folder `heldout` in or next to the checkpoint, which may be a repository: see
+    `hub.resolve`, to which `revision` goes. A file is judged by the thresholds of the level its
+    file type names. `trace` looks for the tensor that errs first. `cache` is a folder for the
+    reference's results, by default one in the user's cache for large checkpoints and a temporary
+    one for small. `imatrix` is an importance matrix for the levels that ask for one, by default
+    collected on the texts beyond the windows. `thresholds` replaces the committed bounds, `command`
+    is recorded, `say` is told what is being done.
 
     Raises MegrezError: an unknown level, no text or one shorter than a window, a file of another
     model or vocabulary, a cache of another reference, and whatever the conversion or llama.cpp
@@ -85,29 +87,30 @@ def measure(
     if context < 4 or windows < 1:
         raise ConfigError(f"{windows} windows of {context} tokens: expected at least 1 of 4")
     bounds = Thresholds.load(thresholds)
-    config = ModelConfig.from_folder(checkpoint)
-    source = Checkpoint.open(checkpoint)
+    folder = hub.resolve(checkpoint, revision, say).path
+    config = ModelConfig.from_folder(folder)
+    source = Checkpoint.open(folder)
     layout.plan(config, source)  # every tensor is there, in its shape
-    corpus = read_corpus(checkpoint, config, texts, context, windows)
+    corpus = read_corpus(folder, config, texts, context, windows)
     for level in levels:
         check(level, calibrated=bool(imatrix or corpus.calibration))
     for file in files:
         _check_file(file, config, corpus.vocabulary)
     say("hashing the checkpoint")
-    weights = checkpoint_sha256(checkpoint)
+    weights = checkpoint_sha256(folder)
     tokens = [window.tokens for window in corpus.windows]
     calibration = [window.tokens for window in corpus.calibration]
     large = sum(shard.size for shard in source.shards) >= _KEEP_BYTES
     with ExitStack() as stack:
         scratch = stack.enter_context(_scratch(large))
         if cache is None:
-            key = cache_key(config, checkpoint, tokens, weights)
+            key = cache_key(config, folder, tokens, weights)
             cache = (cache_folder() / "parity" if large else scratch / "reference") / key
         # Before the reference: an importance matrix that cannot be read is told at once.
-        maker = Maker(checkpoint, scratch, say, calibration, imatrix)
-        reference = StoredReference(config, checkpoint, tokens, cache, weights, say)
+        maker = Maker(folder, scratch, say, calibration, imatrix)
+        reference = StoredReference(config, folder, tokens, cache, weights, say)
         reference.run()
-        judge = _Judge(config, checkpoint, corpus, reference, scratch, trace)
+        judge = _Judge(config, folder, corpus, reference, scratch, trace)
         results = []
         for file in dict.fromkeys(files):
             say(f"{file}: {len(tokens)} windows in llama.cpp")
@@ -124,7 +127,7 @@ def measure(
             tolerances = {r.level: bounds.tolerances(r.kind, weights) for r in results}
             results = judge.traced(results, tolerances)
         return Report(
-            checkpoint=str(checkpoint),
+            checkpoint=os.fspath(checkpoint),
             context=context,
             texts=corpus.texts,
             reference=ReferenceRun(
@@ -134,7 +137,7 @@ def measure(
                 cached=reference.cached,
                 cache="" if cache.is_relative_to(scratch) else str(cache),
             ),
-            audit=audit(config, checkpoint, reference),
+            audit=audit(config, folder, reference),
             provenance=provenance(weights, command),
             levels=results,
         )

@@ -118,6 +118,20 @@ def test_inspect(server: HubServer, client: Client, kind: str) -> None:
     assert "no-such" in done.stderr
 
 
+def test_parity(server: HubServer, client: Client, kind: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    size = ("--text", str(text), "--ctx", "16", "--windows", "1", "--levels", "f32", "--json")
+    done = client.run("parity", f"{kind}:{REPOSITORY}", "--revision", "v1", *size)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoint"] == f"{kind}:{REPOSITORY}"
+    assert server.revisions <= {"v1", COMMIT}
+    assert not set(server.asked) & set(BAIT)
+    done = client.run("parity", f"{kind}:{REPOSITORY}", "--revision", "no-such", *size)
+    assert done.returncode == 2
+    assert "no-such" in done.stderr
+
+
 def test_verify(server: HubServer, client: Client, kind: str) -> None:
     out = str(client.out)
     assert client(f"{kind}:{REPOSITORY}").returncode == 0
