@@ -14,19 +14,15 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
+from megrez_gguf import console
 from megrez_gguf.errors import MegrezError
-
-if TYPE_CHECKING:
-    from megrez_gguf.pipeline import Conversion, ConvertResult
 
 
 class _Commands(typer.core.TyperGroup):
@@ -36,10 +32,10 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except MegrezError as e:
-            _say(f"error: {e}")
+            console.say(f"error: {e}")
             sys.exit(e.exit_code)
         except KeyboardInterrupt:
-            _say("interrupted")
+            console.say("interrupted")
             sys.exit(130)
 
 
@@ -144,17 +140,17 @@ def convert(
 
     if dry_run:
         plan = plan_convert(
-            checkpoint, out, outtype, imatrix, recipe, split_max_size, revision, _say
+            checkpoint, out, outtype, imatrix, recipe, split_max_size, revision, console.say
         )
-        _tell_plan(plan, as_json)
+        console.tell_plan(plan, as_json)
         return
-    with _progress("Converting") as progress:
+    with console.progress("Converting") as progress:
         result = run(
             checkpoint, out, outtype, force, clamp, progress,
             imatrix=imatrix, recipe=recipe, split_max_size=split_max_size,
-            revision=revision, say=_say,
+            revision=revision, say=console.say,
         )  # fmt: skip
-    _tell(result, as_json)
+    console.tell_result(result, as_json)
 
 
 @app.command()
@@ -180,14 +176,16 @@ def quantize(
     from megrez_gguf.pipeline import quantize as run
 
     if dry_run:
-        _tell_plan(plan_quantize(source, out, level, imatrix, recipe, split_max_size), as_json)
+        console.tell_plan(
+            plan_quantize(source, out, level, imatrix, recipe, split_max_size), as_json
+        )
         return
-    with _progress("Quantizing") as progress:
+    with console.progress("Quantizing") as progress:
         result = run(
             source, out, level, force, progress,
             imatrix=imatrix, recipe=recipe, split_max_size=split_max_size,
         )  # fmt: skip
-    _tell(result, as_json)
+    console.tell_result(result, as_json)
 
 
 @app.command()
@@ -213,10 +211,10 @@ def verify(
     """
     from megrez_gguf.verification import verify as run
 
-    with _progress("Verifying") as progress:
-        result = run(path, checkpoint, imatrix, progress, revision=revision, say=_say)
+    with console.progress("Verifying") as progress:
+        result = run(path, checkpoint, imatrix, progress, revision=revision, say=console.say)
     for note in result.notes:
-        _say(f"warning: {note}")
+        console.say(f"warning: {note}")
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result), default=str))
     else:
@@ -263,11 +261,11 @@ def imatrix(
     """
     from megrez_parity.imatrix import run
 
-    with _progress("Collecting", "chunks") as progress:
+    with console.progress("Collecting", "chunks") as progress:
         result = run(
             model, text or (), out,
             merge=merge or (), chunks=chunks, context=ctx, parse_special=parse_special,
-            process_output=process_output, force=force, progress=progress, say=_say,
+            process_output=process_output, force=force, progress=progress, say=console.say,
         )  # fmt: skip
     typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
 
@@ -293,17 +291,19 @@ def inspect(
     from megrez_gguf.inspection import inspect as run
     from megrez_gguf.inspection import render
 
-    with _progress("Reading") as progress:
-        report = run(path, scan, progress, revision=revision, say=_say)
+    with console.progress("Reading") as progress:
+        report = run(path, scan, progress, revision=revision, say=console.say)
     typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else render(report))
 
 
 @app.command()
 def parity(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder, or owner/name on Hugging Face, or modelscope:owner/name.")
+    ],
     levels: Annotated[
         str | None,
-        typer.Option(help="Comma-separated, e.g. q8_0,q4_k_m+imatrix.  [default: the usual 20]"),
+        typer.Option(help="Comma-separated, e.g. q8_0,q4_k_m+imatrix.  [default: the usual ones]"),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
@@ -332,6 +332,7 @@ def parity(
     thresholds: Annotated[
         Path | None, typer.Option("--thresholds", help="JSON with bounds.  [default: ours]")
     ] = None,
+    revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:
     """Compare a checkpoint's GGUF levels with a torch reference.
@@ -344,7 +345,7 @@ def parity(
     Examples:
       megrez-gguf parity tests/data/pocket --report pocket-report
       megrez-gguf parity Megrez2-3x7B-A3B --levels q4_k_m,q4_0 --text novel.txt --windows 2
-      megrez-gguf parity Megrez2-3x7B-A3B --gguf megrez2-q4.gguf --text novel.txt --trace
+      megrez-gguf parity Infinigence/Megrez2-3x7B-A3B --gguf theirs.gguf --text novel.txt --trace
     """
     from megrez_gguf.errors import ThresholdError
     from megrez_parity.harness import measure
@@ -364,11 +365,12 @@ def parity(
         cache=cache,
         imatrix=imatrix,
         thresholds=thresholds,
+        revision=revision,
         command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
-        say=_say,
+        say=console.say,
     )
     for path in write(result, report) if report else ():
-        _say(f"wrote {path}")
+        console.say(f"wrote {path}")
     if as_json:
         typer.echo(json.dumps(result.as_dict(), ensure_ascii=False))
     else:
@@ -436,82 +438,6 @@ def chat(
         {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "verbose": verbose},
     )
     raise typer.Exit(code)
-
-
-def _tell(result: ConvertResult, as_json: bool) -> None:
-    for warning in result.warnings:
-        _say(f"warning: {warning}")
-    _say(
-        f"{result.tensors} tensors, {result.parameters:,} parameters as {result.outtype}, "
-        f"{result.nbytes:,} bytes in {result.seconds:.1f} s"
-    )
-    typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
-
-
-def _tell_plan(plan: Conversion, as_json: bool) -> None:
-    from megrez_gguf import estimate
-
-    seconds = estimate.seconds(plan.items, plan.importance)
-    for warning in plan.warnings:
-        _say(f"warning: {warning}")
-    if as_json:
-        report = {
-            "parts": list(map(str, plan.paths)),
-            "level": plan.level,
-            "nbytes": plan.nbytes,
-            "parameters": plan.parameters,
-            "types": plan.types(),
-            "fallbacks": [dataclasses.asdict(fallback) for fallback in plan.fallbacks],
-            "tensors": {
-                item.name: {"type": item.encoding.name, "nbytes": item.nbytes}
-                for item in plan.items
-            },
-            "seconds": round(seconds, 3),
-        }
-        typer.echo(json.dumps(report))
-        return
-    for item in plan.items:
-        shape = " x ".join(map(str, item.shape))
-        typer.echo(f"{item.name:<32} {item.encoding.name:<8} {shape:<20} {item.nbytes:>14,}")
-    for name, nbytes in plan.types().items():
-        typer.echo(f"{name:<8} {nbytes:>14,} bytes")
-    for fallback in plan.fallbacks:
-        typer.echo(
-            f"{fallback.tensor}: {fallback.got} instead of {fallback.wanted}, "
-            f"{fallback.extra_bytes:+,} bytes"
-        )
-    typer.echo(f"{plan.paths[0]}: {plan.nbytes:,} bytes in {len(plan.paths)} files")
-    typer.echo(f"about {seconds:.0f} s to read and encode on this machine")
-
-
-@contextmanager
-def _progress(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr; nothing when stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    amount: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
-    if unit != "bytes":
-        amount = (TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
