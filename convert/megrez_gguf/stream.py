@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megrez_gguf import encode
-from megrez_gguf.checkpoint import RAW_DTYPE, OpenShards, Tensor
+from megrez_gguf.checkpoint import RAW_DTYPE, Tensor
 from megrez_gguf.encode import Array, Encoding, Loss
 from megrez_gguf.errors import CheckpointError
 from megrez_gguf.machine import available_cpus
+from megrez_gguf.open_shards import OpenShards
 
 # Elements encoded at once: some megabytes, so that memory stays small and cores share the work.
 PIECE = 1 << 20

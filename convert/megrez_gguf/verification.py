@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megrez_gguf import hub, metadata
-from megrez_gguf.checkpoint import OpenShards, Tensor
+from megrez_gguf.checkpoint import Tensor
 from megrez_gguf.encode import Array
 from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.gguf_file import GGUFFile
@@ -20,6 +20,7 @@ from megrez_gguf.gguf_writer import KeyValues
 from megrez_gguf.imatrix import Imatrix
 from megrez_gguf.imatrix import load as load_imatrix
 from megrez_gguf.machine import available_cpus
+from megrez_gguf.open_shards import OpenShards
 from megrez_gguf.pipeline import HASHES, read_checkpoint
 from megrez_gguf.quantizer import encoding
 from megrez_gguf.stream import Importance, Item, Progress, stream

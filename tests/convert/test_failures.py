@@ -20,8 +20,7 @@ import pytest
 from checkpoints import Make, merge, read_all, shards
 
 import megrez_gguf
-from megrez_gguf import checkpoint as checkpoint_module
-from megrez_gguf import encode, output, stream
+from megrez_gguf import encode, open_shards, output, stream
 from megrez_gguf.errors import CheckpointError, OutputError
 
 # The weights are copied as they are; or encoded here; or by ggml.
@@ -54,10 +53,9 @@ class Calls:
         real = getattr(os, name)
 
         def fake(*args: Any, **options: Any) -> Any:
-            with self._lock:
+            with self._lock:  # no later call overtakes an earlier one
                 self.count += 1
-                number = self.count
-            return replacement(number, real, *args, **options)
+                return replacement(self.count, real, *args, **options)
 
         return fake
 
@@ -294,7 +292,7 @@ def cached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Whether the shards, which have just been written, are in the system's cache."""
     if not request.param:
         nothing = lambda begin, count, pages: 0  # noqa: E731
-        monkeypatch.setattr(checkpoint_module, "_mincore", nothing)
+        monkeypatch.setattr(open_shards, "_mincore", nothing)
     return bool(request.param)
 
 
@@ -312,7 +310,7 @@ def test_only_what_is_not_cached_is_read_past_the_cache(
         direct.append(flags & os.O_DIRECT)
         return real(path, flags)
 
-    calls.replace(checkpoint_module, {"open": watch})
+    calls.replace(open_shards, {"open": watch})
     place.convert("bf16")
     assert any(direct) != cached
 
@@ -320,10 +318,10 @@ def test_only_what_is_not_cached_is_read_past_the_cache(
 @pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_read_error_names_shard_and_tensor(place: Place, calls: Calls, level: str) -> None:
-    calls.replace(checkpoint_module, dict.fromkeys(READS, plain))
+    calls.replace(open_shards, dict.fromkeys(READS, plain))
     expected = place.expect(level)
     for number in some(calls.count):
-        calls.replace(checkpoint_module, dict.fromkeys(READS, fail_from(number, errno.EIO)))
+        calls.replace(open_shards, dict.fromkeys(READS, fail_from(number, errno.EIO)))
         with pytest.raises(CheckpointError, match=NAMES + "cannot be read: Input/output error"):
             place.convert(level)
         assert place.content() == {}, number
@@ -335,14 +333,14 @@ def test_a_read_error_names_shard_and_tensor(place: Place, calls: Calls, level: 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_shard_that_shrinks(place: Place, calls: Calls, level: str) -> None:
     """At any read: in the middle the tensor is named, at the end the shard."""
-    calls.replace(checkpoint_module, dict.fromkeys(READS, plain))
+    calls.replace(open_shards, dict.fromkeys(READS, plain))
     place.expect(level)
     shard = shards(place.source)[-1]
     whole, status = shard.read_bytes(), shard.stat()
     ends = []
     for number in some(calls.count):
         action = do_at(number, lambda: os.truncate(shard, len(whole) // 2))
-        calls.replace(checkpoint_module, dict.fromkeys(READS, action))
+        calls.replace(open_shards, dict.fromkeys(READS, action))
         with pytest.raises(CheckpointError, match=re.escape(str(shard))) as caught:
             place.convert(level)
         ends.append(re.sub(r".*: ", "", str(caught.value)).partition(";")[0])
@@ -376,7 +374,7 @@ def test_a_shard_that_changes(place: Place, calls: Calls, level: str, change: st
         "replaced": replaced,
         "removed": shard.unlink,
     }
-    calls.replace(checkpoint_module, dict.fromkeys(READS, do_at(20, action[change])))
+    calls.replace(open_shards, dict.fromkeys(READS, do_at(20, action[change])))
     message = rf"{re.escape(str(shard))}: (changed|vanished) while it was read"
     with pytest.raises(CheckpointError, match=message):
         place.convert(level)
@@ -499,7 +497,7 @@ def test_file_systems_that_cannot_go_past_the_cache(
     place: Place, calls: Calls, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
     """Refused when opened, or when first used."""
-    monkeypatch.setattr(checkpoint_module, "_mincore", lambda begin, count, pages: 0)
+    monkeypatch.setattr(open_shards, "_mincore", lambda begin, count, pages: 0)
     expected = place.expect("bf16")
     refused = []
 
@@ -517,7 +515,7 @@ def test_file_systems_that_cannot_go_past_the_cache(
         assert place.convert("bf16") == expected
         place.clear()
     for names in (("open",), ("preadv",)):
-        calls.replace(checkpoint_module, dict.fromkeys(names, refuse))
+        calls.replace(open_shards, dict.fromkeys(names, refuse))
         assert place.convert("bf16") == expected
         place.clear()
     assert refused or first > 1
@@ -527,6 +525,6 @@ def test_file_systems_that_cannot_go_past_the_cache(
 @pytest.mark.parametrize("level", LEVELS)
 def test_reads_that_do_less_than_asked(place: Place, calls: Calls, level: str) -> None:
     expected = place.expect(level)
-    calls.replace(checkpoint_module, {"preadv": short(500)})
+    calls.replace(open_shards, {"preadv": short(500)})
     assert place.convert(level) == expected
     assert calls.count > 200
