@@ -1,6 +1,11 @@
 #include "models.h"
 
+#include "llama-expert-store.h"
+#include "llama-ext.h"
+
 #include <algorithm>
+#include <cstring>
+#include <optional>
 #include <set>
 
 bool llama_model_megrez_moe::is_moe(int il) const {
@@ -12,6 +17,18 @@ int llama_model_megrez_moe::pool_layer(int il) const {
     const int period = hparams.experts_shared_frequency;
 
     return lead + (il - lead)/period*period;
+}
+
+int llama_model_megrez_moe::n_experts_at_once(int64_t n_tokens) const {
+    return (int) std::min<int64_t>(hparams.n_expert, n_tokens*hparams.n_expert_used());
+}
+
+int llama_model_megrez_moe::moe_step(int il) const {
+    int ret = 0;
+    for (int i = 0; i < il; ++i) {
+        ret += is_moe(i);
+    }
+    return ret;
 }
 
 //
@@ -167,6 +184,101 @@ void llama_model_megrez_moe::load_arch_hparams(llama_model_loader & ml) {
 // tensors
 //
 
+// only what the user asks for counts, not what a file says
+static const llama_model_kv_override * find_override(const llama_model_loader & ml, const char * name, llama_model_kv_override_type tag) {
+    const auto it = ml.kv_overrides.find(ml.get_arch_name() + "." + name);
+    if (it == ml.kv_overrides.end()) {
+        return nullptr;
+    }
+    if (it->second.tag != tag) {
+        throw std::runtime_error(format("override '%s' must be %s", it->first.c_str(),
+                tag == LLAMA_KV_OVERRIDE_TYPE_INT ? "an integer" : "a boolean"));
+    }
+    return &it->second;
+}
+
+static std::optional<uint64_t> override_int(const llama_model_loader & ml, const char * name) {
+    const auto * found = find_override(ml, name, LLAMA_KV_OVERRIDE_TYPE_INT);
+    if (found && found->val_i64 < 0) {
+        throw std::runtime_error(format("override '%s' is negative", found->key));
+    }
+    return found ? std::optional<uint64_t>(found->val_i64) : std::nullopt;
+}
+
+// experts that stay in the file: tensors of slots take the place of theirs
+void llama_model_megrez_moe::load_arch_experts(llama_model_loader & ml, uint64_t max_bytes) {
+    const auto refuse = [](const std::string & why) {
+        throw std::runtime_error("megrez-moe: an expert cache " + why);
+    };
+    if (ml.files.empty()) {
+        refuse("needs a model that lies in a file");
+    }
+    if (n_devices() > 0 && n_gpu_layers() > 0) {
+        refuse(format("works on the CPU only, and %u layers were to be on a GPU: load with n_gpu_layers = 0, or without the cache", n_gpu_layers()));
+    }
+
+    const auto * direct_io = find_override(ml, "expert_cache.direct", LLAMA_KV_OVERRIDE_TYPE_BOOL);
+
+    llama_expert_store::params params;
+    params.n_expert        = hparams.n_expert;
+    params.max_bytes       = max_bytes;
+    params.min_slots       = hparams.n_expert_used();
+    params.n_threads       = override_int(ml, "expert_cache.threads").value_or(0);
+    params.direct_io       = !direct_io || direct_io->val_bool;
+    params.use_extra_bufts = this->params.use_extra_bufts;
+
+    for (const auto & file : ml.files) {
+        params.files.push_back(file->file_id());
+    }
+
+    const int n_layer = hparams.n_layer();
+
+    std::map<int, int> pool_of; // by layer
+    for (int il = 0; il < n_layer; ++il) {
+        if (!is_moe(il)) {
+            continue;
+        }
+        if (pool_layer(il) == il) {
+            const int64_t n_embd   = hparams.n_embd;
+            const int64_t n_ff     = hparams.n_ff_exp(il);
+            const int64_t n_expert = hparams.n_expert;
+
+            std::vector<llama_expert_store::part> parts;
+            for (const auto tensor : { LLM_TENSOR_FFN_GATE_EXPS, LLM_TENSOR_FFN_UP_EXPS, LLM_TENSOR_FFN_DOWN_EXPS }) {
+                const bool is_down = tensor == LLM_TENSOR_FFN_DOWN_EXPS;
+                const std::string name = tn(tensor, "weight", il).str();
+
+                const ggml_tensor * t = ml.check_tensor_dims(name, { is_down ? n_ff : n_embd, is_down ? n_embd : n_ff, n_expert }, true, false);
+                if (t->type == GGML_TYPE_NVFP4) {
+                    refuse("does not hold NVFP4 weights");
+                }
+                const auto & weight = ml.require_weight(name.c_str());
+                parts.push_back({ t->type, t->ne[0], t->ne[1], weight.idx, weight.offs });
+
+                ml.n_created++;
+                ml.size_data -= ggml_nbytes(t);
+            }
+            pool_of[il] = (int) params.pools.size();
+            params.pools.push_back(std::move(parts));
+        }
+        params.steps.push_back(pool_of.at(pool_layer(il)));
+    }
+
+    experts = std::make_shared<llama_expert_store>(params);
+
+    for (const auto & [il, pool] : pool_of) {
+        layers[il].ffn_gate_exps = experts->weights(pool, 0);
+        layers[il].ffn_up_exps   = experts->weights(pool, 1);
+        layers[il].ffn_down_exps = experts->weights(pool, 2);
+    }
+
+    // a mapping would be read ahead, experts and all
+    ml.use_mmap = false;
+
+    LLAMA_LOG_INFO("%s: memory for %d of %zu experts, %.2f MiB each\n", __func__,
+            experts->n_slots(), params.n_expert*params.pools.size(), experts->slot_bytes()/1024.0/1024.0);
+}
+
 void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
     LLAMA_LOAD_LOCALS;
 
@@ -185,6 +297,8 @@ void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
 
     const int64_t n_embd_q   = n_embd_head_k*n_head;
     const int64_t n_ff_shexp = hparams.n_ff_shexp;
+
+    const auto cache_bytes = override_int(ml, "expert_cache");
 
     tok_embd = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
 
@@ -215,7 +329,7 @@ void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
         layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP,    "weight", i), {n_embd, n_expert}, 0);
         layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B, "bias",   i), {n_expert}, TENSOR_NOT_REQUIRED);
 
-        if (pool_layer(i) == i) {
+        if (pool_layer(i) == i && !cache_bytes) {
             const int64_t n_ff_exp = hparams.n_ff_exp(i);
 
             layer.ffn_gate_exps = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS, "weight", i), {  n_embd, n_ff_exp, n_expert}, 0);
@@ -230,19 +344,119 @@ void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
         }
     }
 
+    if (cache_bytes) {
+        load_arch_experts(ml, *cache_bytes);
+    }
+
     // the loader only counts what is left over; name it (weight scales are created after this)
     for (const auto & [name, weight] : ml.weights_map) {
         const auto holds = [&name = name](const auto & it) { return ggml_get_tensor(it.second.get(), name.c_str()) != nullptr; };
 
+        if (experts && name.find("_exps.weight") != std::string::npos) {
+            continue; // load_arch_experts() knows all of them
+        }
         if (name.find("scale") == std::string::npos && std::none_of(ml.ctx_map.begin(), ml.ctx_map.end(), holds)) {
             throw std::runtime_error(format("tensor '%s' is not expected in this model", name.c_str()));
         }
     }
 }
 
+bool llama_model_expert_store_stats(const llama_model * model, llama_expert_store_stats * stats) {
+    const auto * megrez = dynamic_cast<const llama_model_megrez_moe *>(model);
+    if (!megrez || !megrez->experts) {
+        return false;
+    }
+    *stats = megrez->experts->stats();
+    return true;
+}
+
+bool llama_model_expert_store_resize(llama_model * model, uint64_t bytes, uint32_t n_ubatch) {
+    const auto * megrez = dynamic_cast<const llama_model_megrez_moe *>(model);
+
+    return megrez && megrez->experts && megrez->experts->resize(bytes, megrez->n_experts_at_once(n_ubatch));
+}
+
+uint64_t llama_context_compute_bytes(const llama_context * ctx) {
+    uint64_t ret = 0;
+    for (const auto & [buft, data] : llama_get_memory_breakdown(ctx)) {
+        ret += data.compute;
+    }
+    return ret;
+}
+
 //
 // graph
 //
+
+// the part of a graph that talks to the expert store
+class llama_model_megrez_moe::graph_input_experts : public llm_graph_input_i {
+public:
+    explicit graph_input_experts(const llama_model_megrez_moe & model) : run(*model.experts) {
+        ops.reserve(model.hparams.n_layer());
+    }
+
+    // starts reading the experts in ids; gives nothing
+    ggml_tensor * build_announce(ggml_context * ctx, ggml_tensor * ids, int step) {
+        return build(ctx, 1, 1, { ids }, 1, step, [](ggml_tensor * dst, int ith, int, void * userdata) {
+            if (ith == 0) {
+                const auto * op = (const struct op *) userdata;
+                op->run->announce(op->step, to_vector(dst->src[0]));
+            }
+        });
+    }
+
+    // the slots of the experts in ids, once these are there. cur, which goes into the experts, orders this after the
+    // layers before
+    ggml_tensor * build_acquire(ggml_context * ctx, ggml_tensor * ids, ggml_tensor * cur, int step) {
+        return build(ctx, ids->ne[0], ids->ne[1], { ids, cur }, GGML_N_TASKS_MAX, step, [](ggml_tensor * dst, int ith, int, void * userdata) {
+            const auto * op = (const struct op *) userdata;
+            if (ith == 0) {
+                const auto slots = op->run->acquire(op->step, to_vector(dst->src[0]));
+                std::copy(slots.begin(), slots.end(), (int32_t *) dst->data);
+            } else {
+                op->run->assist(op->step);
+            }
+        });
+    }
+
+    void set_input(const llama_ubatch *) override {
+        run.begin();
+    }
+
+    bool can_reuse(const llm_graph_params &) override {
+        return true;
+    }
+
+    bool done() override {
+        const std::string error = run.end();
+        if (!error.empty()) {
+            LLAMA_LOG_ERROR("%s: cannot load experts: %s\n", __func__, error.c_str());
+        }
+        return error.empty();
+    }
+
+private:
+    struct op {
+        llama_expert_store::run * run;
+        int step;
+    };
+
+    llama_expert_store::run run;
+    std::vector<std::unique_ptr<op>> ops;
+
+    static std::vector<int32_t> to_vector(const ggml_tensor * ids) {
+        std::vector<int32_t> ret(ids->ne[0]*ids->ne[1]);
+        for (int64_t i = 0; i < ids->ne[1]; ++i) {
+            memcpy(ret.data() + i*ids->ne[0], (const char *) ids->data + i*ids->nb[1], ids->ne[0]*sizeof(int32_t));
+        }
+        return ret;
+    }
+
+    ggml_tensor * build(ggml_context * ctx, int64_t ne0, int64_t ne1, std::vector<ggml_tensor *> args, int n_tasks, int step, ggml_custom_op_t fun) {
+        ops.push_back(std::make_unique<op>(op { &run, step }));
+        return ggml_custom_4d(ctx, GGML_TYPE_I32, ne0, ne1, 1, 1, args.data(), (int) args.size(), fun, n_tasks, ops.back().get());
+    }
+};
 
 std::unique_ptr<llm_graph_context> llama_model_megrez_moe::build_arch_graph(const llm_graph_params & params) const {
     return std::make_unique<graph>(*this, params);
@@ -311,15 +525,19 @@ llama_model_megrez_moe::graph::routing llama_model_megrez_moe::graph::build_rout
         cb(selection, "ffn_moe_probs_masked", il);
     }
 
-    ggml_tensor * ids = ggml_argsort_top_k(ctx0, selection, n_expert_used); // [n_expert_used, n_tokens]
+    ggml_tensor * ids = ggml_argsort_top_k(ctx0, selection, n_used); // [n_expert_used, n_tokens]
     cb(ids->src[0], "ffn_moe_argsort", il);
     cb(ids, "ffn_moe_topk", il);
+
+    if (experts && hparams.expert_pre_gate) {
+        ggml_build_forward_expand(gf, experts->build_announce(ctx0, ids, model.moe_step(il)));
+    }
 
     ggml_tensor * weights = ggml_get_rows(ctx0, ggml_reshape_3d(ctx0, probs, 1, n_expert, n_tokens), ids); // [1, n_expert_used, n_tokens]
     cb(weights, "ffn_moe_weights", il);
 
     if (hparams.expert_weights_norm) {
-        weights = ggml_reshape_2d(ctx0, weights, n_expert_used, n_tokens);
+        weights = ggml_reshape_2d(ctx0, weights, n_used, n_tokens);
 
         ggml_tensor * sum = ggml_sum_rows(ctx0, weights); // [1, n_tokens]
         cb(sum, "ffn_moe_weights_sum", il);
@@ -331,7 +549,7 @@ llama_model_megrez_moe::graph::routing llama_model_megrez_moe::graph::build_rout
         weights = ggml_div(ctx0, weights, sum);
         cb(weights, "ffn_moe_weights_norm", il);
 
-        weights = ggml_reshape_3d(ctx0, weights, 1, n_expert_used, n_tokens);
+        weights = ggml_reshape_3d(ctx0, weights, 1, n_used, n_tokens);
     }
     if (hparams.expert_weights_scale != 0.0f && hparams.expert_weights_scale != 1.0f) {
         weights = ggml_scale(ctx0, weights, hparams.expert_weights_scale);
@@ -349,12 +567,18 @@ ggml_tensor * llama_model_megrez_moe::graph::build_experts(
         const llama_layer & pool, const routing & route, ggml_tensor * cur, int il) {
     const int64_t n_tokens = cur->ne[1];
 
+    ggml_tensor * ids = route.ids;
+    if (experts) {
+        ids = experts->build_acquire(ctx0, ids, cur, model.moe_step(il));
+        cb(ids, "ffn_moe_slots", il);
+    }
+
     cur = ggml_reshape_3d(ctx0, cur, n_embd, 1, n_tokens);
 
-    ggml_tensor * up = build_lora_mm_id(pool.ffn_up_exps, cur, route.ids, pool.ffn_up_exps_s); // [n_ff_exp, n_expert_used, n_tokens]
+    ggml_tensor * up = build_lora_mm_id(pool.ffn_up_exps, cur, ids, pool.ffn_up_exps_s); // [n_ff_exp, n_expert_used, n_tokens]
     cb(up, "ffn_moe_up", il);
 
-    ggml_tensor * gate = build_lora_mm_id(pool.ffn_gate_exps, cur, route.ids, pool.ffn_gate_exps_s);
+    ggml_tensor * gate = build_lora_mm_id(pool.ffn_gate_exps, cur, ids, pool.ffn_gate_exps_s);
     cb(gate, "ffn_moe_gate", il);
 
     cur = ggml_swiglu_split(ctx0, gate, up);
@@ -362,28 +586,28 @@ ggml_tensor * llama_model_megrez_moe::graph::build_experts(
 
     const auto [row, scale] = rescale_for(pool.ffn_down_exps, cur, ctx0);
 
-    ggml_tensor * experts = build_lora_mm_id(pool.ffn_down_exps, row, route.ids, pool.ffn_down_exps_s); // [n_embd, n_expert_used, n_tokens]
-    cb(experts, "ffn_moe_down", il);
+    ggml_tensor * down = build_lora_mm_id(pool.ffn_down_exps, row, ids, pool.ffn_down_exps_s); // [n_embd, n_expert_used, n_tokens]
+    cb(down, "ffn_moe_down", il);
 
-    experts = ggml_mul(ctx0, experts, scale ? ggml_mul(ctx0, route.weights, scale) : route.weights);
-    cb(experts, "ffn_moe_weighted", il);
-    ggml_build_forward_expand(gf, experts);
+    ggml_tensor * weighted = ggml_mul(ctx0, down, scale ? ggml_mul(ctx0, route.weights, scale) : route.weights);
+    cb(weighted, "ffn_moe_weighted", il);
+    ggml_build_forward_expand(gf, weighted);
 
     // order the views before the adds; warm-up computes every expert and still sums only those in use
-    const int64_t n_used = hparams.n_expert_used();
+    const int64_t n_sum = hparams.n_expert_used();
 
-    std::vector<ggml_tensor *> views(n_used);
-    for (int64_t i = 0; i < n_used; ++i) {
-        views[i] = ggml_view_2d(ctx0, experts, n_embd, n_tokens, experts->nb[2], i*experts->nb[1]);
+    std::vector<ggml_tensor *> views(n_sum);
+    for (int64_t i = 0; i < n_sum; ++i) {
+        views[i] = ggml_view_2d(ctx0, weighted, n_embd, n_tokens, weighted->nb[2], i*weighted->nb[1]);
         ggml_build_forward_expand(gf, views[i]);
     }
 
     ggml_tensor * out = views[0];
-    for (int64_t i = 1; i < n_used; ++i) {
+    for (int64_t i = 1; i < n_sum; ++i) {
         out = ggml_add(ctx0, out, views[i]);
         ggml_build_forward_expand(gf, out);
     }
-    if (n_used == 1) {
+    if (n_sum == 1) {
         out = ggml_cont(ctx0, out);
     }
     cb(out, "ffn_moe_out", il);
@@ -409,8 +633,20 @@ ggml_tensor * llama_model_megrez_moe::graph::build_mlp(
 }
 
 llama_model_megrez_moe::graph::graph(const llama_model_megrez_moe & model, const llm_graph_params & params) :
-    llm_graph_context(params) {
+    llm_graph_context(params), model(model), n_used(model.experts ? hparams.n_expert_used() : n_expert_used) {
     const int64_t n_embd_head = hparams.n_embd_head_k();
+
+    if (model.experts) {
+        const int64_t n_needed = model.n_experts_at_once(n_tokens);
+        if (n_needed > model.experts->n_reserved()) {
+            throw std::runtime_error(format("megrez-moe: a batch of %lld tokens can use %lld experts at once, and the expert cache holds %d: "
+                    "make it %llu bytes, or n_ubatch %lld at most", (long long) n_tokens, (long long) n_needed, model.experts->n_reserved(),
+                    (unsigned long long) (n_needed*model.experts->slot_bytes()), (long long) (model.experts->n_reserved()/n_used)));
+        }
+        auto input = std::make_unique<graph_input_experts>(model);
+        experts = input.get();
+        res->add_input(std::move(input));
+    }
 
     ggml_tensor * inpL        = build_inp_embd(model.tok_embd);
     ggml_tensor * inp_pos     = build_inp_pos();
