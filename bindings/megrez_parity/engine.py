@@ -22,6 +22,7 @@ from megrez_gguf.logs import log
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.patched import require_patched
 from megrez_parity.ggml import Tensor, library, read
+from megrez_runtime.experts import cache_override
 
 Watch = Callable[[Tensor, bool], bool]
 """Called for each node of the graph: before it is computed with True, to say whether to stop at
@@ -60,11 +61,12 @@ def _failure(path: Path, doing: str) -> GGUFError:
 class Engine:
     """One GGUF file, loaded to give the logits of whole windows of at most `context` tokens.
 
-    A context manager; the model is freed on leaving. Raises GGUFError when the file is missing or
+    With `expert_cache`, only so many bytes of experts are in memory at once. A context manager; the
+    model is freed on leaving. Raises GGUFError when the file is missing or
     cannot be loaded, RuntimeUnavailableError when llama_cpp is missing or not the patched one.
     """
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, expert_cache: int | None = None) -> None:
         self.path, self.context = path, context
         self._llama = llama = require_patched()
         self._context: Any = None
@@ -76,6 +78,8 @@ class Engine:
             raise GGUFError(f"{path}: no such file")
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
+        if expert_cache is not None:
+            params.kv_overrides = cache_override(expert_cache)
         log.install(llama)
         self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:

@@ -1,7 +1,8 @@
 """Run Megrez2 GGUF files with the patched llama-cpp-python.
 
-`load(path)` gives an ordinary `llama_cpp.Llama`, and `Session(llm)` a conversation with it. Both
-are loaded on first use, so that importing this package needs nothing installed.
+`load(path)` gives an ordinary `llama_cpp.Llama`, and `Session(llm)` a conversation with it.
+`load(path, ram="2GiB")` keeps experts that do not fit in the file; `expert_stats(llm)` tells how
+that goes. All are loaded on first use, so that importing this package needs nothing installed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megrez_runtime.experts import ExpertStats, expert_stats
     from megrez_runtime.model import load
     from megrez_runtime.session import Sampling, Session
 
-__all__ = ["Sampling", "Session", "load"]
+__all__ = ["ExpertStats", "Sampling", "Session", "expert_stats", "load"]
 
 _EXPORTS = {
+    "ExpertStats": "megrez_runtime.experts",
+    "expert_stats": "megrez_runtime.experts",
     "Sampling": "megrez_runtime.session",
     "Session": "megrez_runtime.session",
     "load": "megrez_runtime.model",

@@ -9,3 +9,7 @@ class ContextError(MegrezError):
 
 class DecodeError(MegrezError):
     """llama.cpp failed in the middle of evaluating the model."""
+
+
+class MemoryBudgetError(MegrezError):
+    """The memory allowed cannot hold what the model needs at once. The message names the least."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.gguf_file import GGUFFile
 from megrez_gguf.logs import log
-from megrez_gguf.machine import available_cpus
+from megrez_gguf.machine import available_cpus, available_memory, resident_memory
 from megrez_gguf.patched import ARCH, require_patched
-from megrez_runtime.errors import ContextError
+from megrez_gguf.units import format_size, parse_size
+from megrez_runtime import experts
+from megrez_runtime.errors import ContextError, MemoryBudgetError
+from megrez_runtime.memory import SHARE, SLACK, UBATCHES, Needs, batch_for
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -29,7 +34,10 @@ def load(
     n_ctx: int | None = None,
     n_threads: int | None = None,
     n_gpu_layers: int = -1,
+    ram: int | str = "auto",
+    expert_cache: int | str | None = None,
     verbose: bool = False,
+    say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Llama:
     """The model in the GGUF file `path`, ready to run.
@@ -39,12 +47,20 @@ def load(
     layers, which means none in a build for the CPU. `options` go to `llama_cpp.Llama`. llama.cpp's
     log is silent unless `verbose`.
 
+    `ram` is the memory this process may take in all, in bytes or as in "2GiB". What does not fit
+    of the experts stays in the file and is read when a router names it: results are the same, bit
+    for bit, and slower. "auto" does so if the machine, or the process's cgroup, has too little
+    memory free; "off" never. `expert_cache` gives a size for the experts alone, in place of `ram`.
+    Both mean computing on the CPU. `say` is told what was chosen, if experts stay in the file.
+
     Raises GGUFError: no such file, damaged, not a Megrez2 model, or refused by llama.cpp (with its
-    reason). ContextError: no memory for the context. RuntimeUnavailableError: llama_cpp is missing
-    or unpatched. TypeError: an option `llama_cpp.Llama` does not have.
+    reason). MemoryBudgetError: `ram` or `expert_cache` is too small; names the least. ContextError:
+    no memory for the context. RuntimeUnavailableError: llama_cpp is missing or unpatched.
+    TypeError: an option `llama_cpp.Llama` does not have. ValueError: no size.
     """
     path = Path(path)
-    values = GGUFFile.open(path).values
+    file = GGUFFile.open(path)
+    values = file.values
     arch = values.get("general.architecture")
     if arch != ARCH:
         raise GGUFError(
@@ -63,6 +79,13 @@ def load(
         raise TypeError(f"llama_cpp.Llama has no option {', '.join(sorted(unknown))}")
     from jinja2 import TemplateError
 
+    plan = _plan(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"))
+    if plan:
+        overrides = {**(options.get("kv_overrides") or {}), experts.CACHE_KEY: plan.cache}
+        batches = {"n_ubatch": plan.n_ubatch, "n_batch": max(plan.n_ubatch, 512)}
+        options = batches | options | {"kv_overrides": overrides, "use_mmap": False}
+        n_gpu_layers = 0
+
     log.install(llama_cpp, verbose)
     threads = n_threads or available_cpus()
     options = {"n_threads_batch": threads} | options
@@ -79,6 +102,8 @@ def load(
         raise GGUFError(f"{path}: its chat template is not valid Jinja: {e}") from None
     except (ValueError, RuntimeError) as e:
         reason = log.take_errors() or str(e)
+        if plan and "expert cache" in reason:
+            raise MemoryBudgetError(f"{path}: {reason}") from None
         if "llama_context" in str(e):
             raise ContextError(
                 f"{path}: no context of {n_ctx} tokens can be made: {reason}. If it is memory "
@@ -87,4 +112,87 @@ def load(
         raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}") from None
     # llama_cpp drops the last byte of a text that just fills its buffer; ours are whole.
     llm.metadata |= {key: value for key, value in values.items() if isinstance(value, str)}
+    if plan:
+        try:
+            plan.settle(llm)
+        except MemoryBudgetError:
+            llm.close()
+            raise
+        if say:
+            say(plan.told(llm))
     return llm
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A store to load: `cache` bytes at most, within `ram` bytes for the process unless None."""
+
+    needs: Needs
+    file: GGUFFile
+    cache: int
+    ram: int | None
+    n_ubatch: int
+    reason: str
+
+    def settle(self, llm: Llama) -> None:
+        """Give the store of `llm` what the process has left, now that all else is in place."""
+        # Reading the other weights has put them into the page cache as well.
+        for shard in self.file.shards:
+            _forget_pages(shard.path)
+        resident = resident_memory()
+        if self.ram is None or resident is None:
+            return
+        fixed = resident + experts.compute_bytes(llm) + self.needs.scratch(self.n_ubatch) + SLACK
+        if not experts.resize(llm, max(0, self.ram - fixed), self.n_ubatch):
+            least = fixed + self.needs.at_once(self.n_ubatch)
+            raise MemoryBudgetError(
+                f"{self.needs.path}: {format_size(self.ram)} are too little: with batches of "
+                f"{self.n_ubatch} tokens (n_ubatch) at least {-(-least >> 20)} MiB are needed"
+            )
+
+    def told(self, llm: Llama) -> str:
+        stats = experts.expert_stats(llm)
+        assert stats is not None
+        return (
+            f"{self.reason}: {format_size(stats.slots * stats.slot_bytes)} for experts, "
+            f"{stats.slots} of {stats.experts}; the others are read when they are needed"
+        )
+
+
+def _plan(
+    file: GGUFFile,
+    path: Path,
+    n_ctx: int,
+    ram: int | str,
+    cache: int | str | None,
+    n_ubatch: int | None,
+) -> _Plan | None:
+    """What to load with, or None if all experts are to be in memory."""
+    if cache is not None:
+        cache = parse_size(cache) if isinstance(cache, str) else cache
+        needs = Needs.of(file, path)
+        fitting = [n for n in UBATCHES if needs.at_once(n) <= cache]
+        chosen = n_ubatch or (fitting[0] if fitting else 1)
+        return _Plan(needs, file, cache, None, chosen, "expert cache")
+    if ram == "off":
+        return None
+    if ram == "auto":
+        free = available_memory()
+        if free is None:
+            return None
+        reason = f"{format_size(free)} of memory are free"
+        ram = int(SHARE * free)
+    else:
+        ram = parse_size(ram) if isinstance(ram, str) else ram
+        reason = f"within {format_size(ram)}"
+    needs = Needs.of(file, path)
+    if needs.everything(n_ctx, n_ubatch or UBATCHES[0]) <= ram:
+        return None
+    return _Plan(needs, file, ram, ram, n_ubatch or batch_for(needs, ram, n_ctx), reason)
+
+
+def _forget_pages(path: Path) -> None:
+    """Tell the system that nothing of the file `path` need be kept in the page cache."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import IO, Any
 
 from megrez_gguf.errors import MegrezError
+from megrez_runtime.experts import expert_stats
 from megrez_runtime.model import load
 from megrez_runtime.session import Answer, Sampling, Session
 
@@ -29,8 +30,9 @@ INTERRUPTED = 130
 class Terminal:
     """The user's side of a `Session`, on this process's standard streams."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, stats: bool = False) -> None:
         self.session = session
+        self.stats = stats
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             # Half a character in the input, or a narrow locale, is no reason to die.
             if hasattr(stream, "reconfigure"):
@@ -106,6 +108,7 @@ class Terminal:
     def _answer(self, text: str) -> Answer:
         """Stream the answer to stdout, its figures to stderr; Ctrl-C ends only the answer."""
         shown = ""
+        before = expert_stats(self.session.llm) if self.stats else None
         with self._interruptible():
             with contextlib.closing(self.session.ask(text)) as pieces:
                 for piece in pieces:
@@ -118,6 +121,10 @@ class Terminal:
                 self._out.write("\n")
                 self._out.flush()
             self._talk(figures(answer, self.session.context))
+            if self.stats:
+                after = expert_stats(self.session.llm)
+                did = str(after.since(before)) if after and before else "experts: all in memory"
+                self._talk(f"[{did}]")
         return answer
 
     @contextlib.contextmanager
@@ -142,17 +149,19 @@ def chat(
     sampling: Mapping[str, Any],
     session: Mapping[str, Any],
     options: Mapping[str, Any],
+    stats: bool = False,
 ) -> int:
     """The chat command; returns the exit code.
 
     `prompt` None chats with stdin, "-" is all of stdin. `sampling` are fields of `Sampling` that
-    replace the file's; `session` goes to `Session`, `options` to `load`, and both raise.
+    replace the file's; `session` goes to `Session`, `options` to `load`, and both raise. `stats`
+    adds what the expert store did to every answer.
     """
     llm = load(model, **options)
     with contextlib.closing(llm):
         advised = Sampling.advised(llm.metadata)
         terminal = Terminal(
-            Session(llm, sampling=dataclasses.replace(advised, **sampling), **session)
+            Session(llm, sampling=dataclasses.replace(advised, **sampling), **session), stats
         )
         if prompt is None:
             return terminal.run()

@@ -23,6 +23,7 @@ import typer.core
 
 from megrez_gguf import console
 from megrez_gguf.errors import MegrezError
+from megrez_gguf.units import parse_size
 
 
 class _Commands(typer.core.TyperGroup):
@@ -72,12 +73,14 @@ def _common(
 
 
 def _size(text: str) -> int:
-    """A number of bytes: "2G" and "500M" as llama-gguf-split takes them, or plain."""
-    unit = {"K": 1000, "M": 1000**2, "G": 1000**3}.get(text[-1:].upper())
-    number = text[:-1] if unit else text
-    if not number.isascii() or not number.isdecimal() or int(number) == 0:
-        raise typer.BadParameter(f"{text!r}: expected a size such as 2G or 500M")
-    return int(number) * (unit or 1)
+    try:
+        return parse_size(text)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
+
+
+def _ram(text: str) -> int | str:
+    return text if text in ("auto", "off") else _size(text)
 
 
 ImatrixOption = Annotated[
@@ -94,6 +97,20 @@ SplitOption = Annotated[
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Tell sizes, types, fallbacks and about how long; no output."),
+]
+RamOption = Annotated[
+    Any,
+    typer.Option(
+        "--ram", parser=_ram, metavar="SIZE",
+        help="Memory for the whole process, e.g. 2GiB: experts beyond it stay in the file. "
+        "auto: what is free; off: everything in memory.",
+    ),
+]  # fmt: skip
+CacheOption = Annotated[
+    int | None,
+    typer.Option(
+        "--expert-cache", parser=_size, metavar="SIZE", help="Memory for experts, e.g. 1GiB."
+    ),
 ]
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of the repository.")
@@ -408,6 +425,11 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="[default: all CPUs]")] = None,
     gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers on the GPU; -1 is all.")] = -1,
+    ram: RamOption = "auto",
+    expert_cache: CacheOption = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="After an answer, what the expert cache did.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
 ) -> None:
     """Chat with a model, in the terminal or through a pipe.
@@ -420,6 +442,7 @@ def chat(
       megrez-gguf chat megrez2-q4.gguf
       megrez-gguf chat megrez2-q4.gguf -p "世界上最高的山峰是哪座？" --temp 0
       megrez-gguf chat megrez2-q4.gguf < questions.txt > answers.txt
+      megrez-gguf chat megrez2-q4.gguf --ram 2GiB --stats
     """
     from megrez_runtime.terminal import chat as run
 
@@ -435,9 +458,57 @@ def chat(
         prompt,
         {name: value for name, value in sampling.items() if value is not None},
         {"system": system, "seed": seed, "max_tokens": max_tokens},
-        {"n_ctx": ctx, "n_threads": threads, "n_gpu_layers": gpu_layers, "verbose": verbose},
+        {
+            "n_ctx": ctx,
+            "n_threads": threads,
+            "n_gpu_layers": gpu_layers,
+            "ram": ram,
+            "expert_cache": expert_cache,
+            "verbose": verbose,
+            "say": console.say,
+        },
+        stats,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    prompt: Annotated[
+        int, typer.Option(min=0, help="Tokens of the prompt; 0 leaves it out.")
+    ] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
+    warmup: Annotated[int, typer.Option(min=0, help="Tokens decoded before, not timed.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; their median counts.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random tokens.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="[default: all CPUs]")] = None,
+    ram: RamOption = "auto",
+    expert_cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a model: tokens a second in the prompt and after it, and what the expert cache did.
+
+    \b
+    Examples:
+      megrez-gguf bench megrez2-q4.gguf
+      megrez-gguf bench megrez2-q4.gguf --ram 2GiB --json
+    """
+    from megrez_runtime.bench import bench as run
+
+    result = run(
+        model,
+        prompt=prompt,
+        tokens=tokens,
+        warmup=warmup,
+        repeats=repeats,
+        seed=seed,
+        n_threads=threads,
+        ram=ram,
+        expert_cache=expert_cache,
+        say=console.say,
+    )
+    typer.echo(json.dumps(dataclasses.asdict(result)) if as_json else str(result))
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,137 @@
+"""How much memory a model takes, and how to divide what there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megrez_gguf.errors import GGUFError
+from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.patched import ARCH
+from megrez_gguf.units import format_size
+from megrez_runtime.errors import MemoryBudgetError
+
+# What a process has besides buffers: the interpreter, numpy, the vocabulary.
+BASELINE = 100 << 20
+# What grows after a model was loaded, and is in no buffer that llama.cpp reports.
+SLACK = 32 << 20
+# Of memory that is free now, the share to plan with: others may want some, too.
+SHARE = 0.9
+UBATCHES = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+# Direct reads begin and end on whole pages, for which every part of a slot has room.
+_PAGE = 4096
+_PARTS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Sizes in bytes, read off a file's header."""
+
+    path: Path
+    experts: int
+    """All routed experts."""
+    others: int
+    """All other weights."""
+    slot: int
+    """Memory for one expert of any layer."""
+    pools: int
+    n_expert: int
+    """In a pool."""
+    n_used: int
+    n_embd: int
+    n_vocab: int
+    n_layer: int
+    kv_width: int
+    """Elements of keys and values a token has in a layer."""
+
+    @classmethod
+    def of(cls, file: GGUFFile, path: Path) -> Needs:
+        """Raises GGUFError: a key is missing or no number. The loader judges all the rest."""
+
+        def number(key: str) -> int:
+            value = file.values.get(f"{ARCH}.{key}")
+            if type(value) is not int or value <= 0:
+                raise GGUFError(f"{path}: {ARCH}.{key} is {value!r}; expected a positive integer")
+            return value
+
+        heads = number("attention.head_count")
+        head_dim = file.values.get(f"{ARCH}.attention.key_length")
+        if type(head_dim) is not int:
+            head_dim = number("embedding_length") // heads
+        n_expert = number("expert_count")
+        slots: dict[str, int] = {}
+        experts = others = n_vocab = 0
+        for tensor in file.tensors:
+            layer, _, name = tensor.name.rpartition(".ffn_")
+            if name in [f"{part}_exps.weight" for part in _PARTS]:
+                experts += tensor.nbytes
+                pages = -(-tensor.nbytes // n_expert // _PAGE) + 2
+                slots[layer] = slots.get(layer, 0) + pages * _PAGE
+            else:
+                others += tensor.nbytes
+                if tensor.name == "token_embd.weight":
+                    n_vocab = tensor.shape[0]
+        return cls(
+            path=path,
+            experts=experts,
+            others=others,
+            slot=max(slots.values(), default=0),
+            pools=len(slots),
+            n_expert=n_expert,
+            n_used=number("expert_used_count"),
+            n_embd=number("embedding_length"),
+            n_vocab=n_vocab,
+            n_layer=number("block_count"),
+            kv_width=2 * head_dim * number("attention.head_count_kv"),
+        )
+
+    @property
+    def slots(self) -> int:
+        """Experts in the file."""
+        return self.pools * self.n_expert
+
+    def at_once(self, n_ubatch: int) -> int:
+        """Bytes of the experts that one layer may use for a batch."""
+        return min(self.n_expert, self.n_used * n_ubatch) * self.slot
+
+    def working(self, n_ctx: int, n_ubatch: int) -> int:
+        """Bytes of KV cache (16 bits an element) and compute buffers, about."""
+        cache = self.n_layer * n_ctx * self.kv_width * 2
+        # Logits of all tokens of a batch, and a few activations; measured with 0.57 MiB a token at
+        # the published size.
+        return cache + n_ubatch * 4 * (self.n_vocab + 10 * self.n_embd) + self.scratch(n_ubatch)
+
+    def scratch(self, n_ubatch: int) -> int:
+        """Bytes the matrix products need besides, which no buffer of llama.cpp's accounts for."""
+        rows = n_ubatch * self.n_used
+        return rows * (2 * self.n_embd + 8 * self.slots)
+
+    def everything(self, n_ctx: int, n_ubatch: int) -> int:
+        """Bytes of a process that keeps all experts in memory."""
+        return BASELINE + self.others + self.experts + self.working(n_ctx, n_ubatch)
+
+    def least(self, n_ctx: int, n_ubatch: int = 1) -> int:
+        """Bytes of a process that keeps the experts of one layer in memory."""
+        fixed = BASELINE + SLACK + self.others + self.working(n_ctx, n_ubatch)
+        return fixed + self.at_once(n_ubatch)
+
+
+def batch_for(needs: Needs, ram: int, n_ctx: int) -> int:
+    """The largest n_ubatch of `UBATCHES` that suits a process of `ram` bytes.
+
+    Large batches read prompts fast, but every token of one costs memory that experts could have:
+    up to an eighth of what is left for experts is given to it, if more than one layer's fit.
+    Raises MemoryBudgetError, with the least that would do.
+    """
+    for n_ubatch in UBATCHES:
+        spare = ram - needs.least(n_ctx, n_ubatch)
+        batch = needs.working(n_ctx, n_ubatch) - needs.working(n_ctx, 1)
+        if spare >= 0 and (n_ubatch == 1 or batch <= (spare + needs.at_once(n_ubatch)) // 8):
+            return n_ubatch
+    least = needs.least(n_ctx)
+    raise MemoryBudgetError(
+        f"{needs.path}: {format_size(ram)} are too little: with a context of {n_ctx} tokens the "
+        f"model needs at least {-(-least >> 20)} MiB ({format_size(needs.others)} of weights that "
+        f"every token uses, {format_size(needs.working(n_ctx, 1))} for context and computing, "
+        f"{format_size(needs.at_once(1))} for the experts of one layer, and the program)"
+    )
