@@ -707,15 +707,20 @@ llama_model_megrez_moe::graph::graph(const llama_model_megrez_moe & model, const
         if (model.is_moe(il)) {
             const routing route = is_routed_early(il) ? route_early : build_routing(layer, h, il);
 
-            cur = build_experts(model.layers[model.pool_layer(il)], route, h, il);
-
+            // before the routed experts: time for those that are still on their way from the file
+            ggml_tensor * shexp = nullptr;
             if (layer.ffn_up_shexp) {
-                ggml_tensor * shexp = build_mlp(
+                shexp = build_mlp(
                         layer.ffn_gate_shexp, layer.ffn_gate_shexp_s,
                         layer.ffn_up_shexp,   layer.ffn_up_shexp_s,
                         layer.ffn_down_shexp, layer.ffn_down_shexp_s, h, il);
                 cb(shexp, "ffn_shexp", il);
+                ggml_build_forward_expand(gf, shexp);
+            }
 
+            cur = build_experts(model.layers[model.pool_layer(il)], route, h, il);
+
+            if (shexp) {
                 cur = ggml_add(ctx0, cur, shexp);
             }
         } else {
