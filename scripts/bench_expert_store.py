@@ -12,6 +12,7 @@ of the file's size. Compared are
 all in memory, and the disk: its bandwidth over the bytes a token misses. The bandwidth is measured
 between blocks of tokens, by as many threads reading as much at a time as the store does. Where all
 is in memory, the store is compared with the same library without it, block by block in one process.
+"Stolen" is processor time that a virtual machine's host took, to move what is read among others.
 
 Two routings: that of the file, and, with --skewed, one in which some experts are used much more
 than others (noise on the selection bias, in a copy of the file).
@@ -72,22 +73,25 @@ def run_store(args: argparse.Namespace) -> dict[str, Any]:
         llm.eval([token])
 
     first = expert_stats(llm)
+    stolen = 0.0
     seconds, disk = 0.0, Disk(args.model, args.piece, args.readers)
     size = args.prompt or args.block
     ids = ids[args.warmup :][: args.tokens] if not args.prompt else ids[: args.prompt]
     for begin in range(0, len(ids), size):
         if args.piece:
             disk.probe()
-        start = time.perf_counter()
+        before, start = stolen_seconds(), time.perf_counter()
         if args.prompt:
             llm.eval(ids)
         else:
             for token in ids[begin : begin + size]:
                 llm.eval([token])
         seconds += time.perf_counter() - start
+        stolen += stolen_seconds() - before
     row: dict[str, Any] = {
         "rate": len(ids) / seconds,
         "disk": disk.rate,
+        "stolen": stolen / seconds / (os.cpu_count() or 1),
         "resident_mib": (resident_memory() or 0) / MIB,
     }
     last = expert_stats(llm)
@@ -133,6 +137,27 @@ def run_pair(args: argparse.Namespace) -> dict[str, Any]:
         ratios.append(theirs / ours)
     quarters = statistics.quantiles(ratios, n=4)
     return {"ratio": statistics.median(ratios), "quartiles": quarters[::2], "blocks": len(ratios)}
+
+
+def stolen_seconds() -> float:
+    """Seconds of all processors that the machine below this virtual one took for itself."""
+    return int(Path("/proc/stat").read_text().split()[8]) / os.sysconf("SC_CLK_TCK")
+
+
+def run_disk(args: argparse.Namespace) -> dict[str, Any]:
+    """What the disk gives to idle processors, and to busy ones: a virtual disk is work for them."""
+    result = {}
+    for name, count in (("idle", 0), ("busy", os.cpu_count() or 1)):
+        spin = [sys.executable, "-c", "while True: pass"]
+        busy = [subprocess.Popen(spin) for _ in range(count)]
+        disk, before = Disk(args.model, args.piece, args.readers), stolen_seconds()
+        disk.probe(2 << 30)
+        stolen = stolen_seconds() - before
+        result[name] = {"rate": disk.rate, "stolen_per_gb": stolen / disk.bytes * 1e9}
+        for process in busy:
+            process.kill()
+            process.wait()
+    return result
 
 
 def tokens_for(vocab: int, count: int) -> list[int]:
@@ -209,7 +234,7 @@ def run_stock(args: argparse.Namespace) -> dict[str, Any]:
     return {"rate": sum(map(len, measured)) / (time.perf_counter() - start)}
 
 
-RUNS = {"store": run_store, "stock": run_stock, "pair": run_pair}
+RUNS = {"store": run_store, "stock": run_stock, "pair": run_pair, "disk": run_disk}
 
 
 # -- around it ---------------------------------------------------------------------------------
@@ -297,6 +322,8 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     def progress(text: str) -> None:
         print(f"{model.name}: {text}", file=sys.stderr, flush=True)
 
+    progress("disk")
+    disk = measure("disk", model, None, piece=needs.slot // 3, readers=args.readers)
     progress("all in memory")
     in_memory = measure("store", model, None, ram=0, **decode)["rate"]
     rows = []
@@ -316,7 +343,7 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
                 stock[name] = measure("stock", model, limit, **slow)["rate"]
         progress(f"store {ours['rate']:.2f}, {stock}, {ours['of_roofline']:.0%} of the roofline")
         rows.append({"percent": percent, "limit_mib": limit / MIB, "store": ours, **stock})
-    result: dict[str, Any] = {"in_memory": in_memory, "decode": rows}
+    result: dict[str, Any] = {"disk": disk, "in_memory": in_memory, "decode": rows}
     if args.pair:
         progress("all in memory, with a store and without, side by side")
         pair = decode | {"tokens": args.pair * args.block}
@@ -371,8 +398,8 @@ def table(results: dict[str, Any]) -> str:
             f"all in memory {result['in_memory']:.2f} tok/s",
             "",
             "| limit | store, tok/s | mmap | mmap 128K | over mmap | over 128K | hits "
-            "| read a token | disk | of roofline | wasted |",
-            "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| read a token | disk | of roofline | waiting | stolen | wasted |",
+            "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for row in result["decode"]:
             s, stock, tuned = row["store"], row["mmap"], row["mmap 128K"]
@@ -380,9 +407,16 @@ def table(results: dict[str, Any]) -> str:
                 f"| {row['percent']}%, {row['limit_mib']:.0f} MiB | {s['rate']:.2f} | {stock:.2f} "
                 f"| {tuned:.2f} | {s['rate'] / stock:.1f} | {s['rate'] / tuned:.1f} "
                 f"| {s['hit_rate']:.0%} | {s['missed_bytes'] / MIB:.0f} MiB "
-                f"| {s['disk'] / 1e9:.2f} GB/s | {s['of_roofline']:.0%} | {s['wasted']} |"
+                f"| {s['disk'] / 1e9:.2f} GB/s | {s['of_roofline']:.0%} "
+                f"| {s['waiting']:.0%} | {s['stolen']:.0%} | {s['wasted']} |"
             )
         lines.append("")
+        idle, busy = result["disk"]["idle"], result["disk"]["busy"]
+        lines += [
+            f"The disk: {idle['rate'] / 1e9:.2f} GB/s; while all processors compute "
+            f"{busy['rate'] / 1e9:.2f} GB/s, and {busy['stolen_per_gb']:.2f} s stolen a GB.",
+            "",
+        ]
         if pair := result.get("pair"):
             low, high = pair["quartiles"]
             lines += [

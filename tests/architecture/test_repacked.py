@@ -1,0 +1,31 @@
+"""Repacked weights have kernels of their own for one token and for a batch: all must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from llama import Context, Model, nmse
+from samples import TOKENS, Sample
+
+# Activations become 8-bit integers, and a sum in another order may round them to the next one: up
+# to 3e-4 here, between any two ways to compute it. A wrong row gives 0.1 and more.
+ROUNDING = 1e-3
+
+
+@pytest.mark.parametrize("outtype", ["q4_0", "q4_k_s", "iq4_nl", "q8_0"])
+@pytest.mark.parametrize("experts", [8, 3])
+def test_prompts_and_single_tokens(
+    sample: Callable[..., Sample], outtype: str, experts: int
+) -> None:
+    """Eight experts get rows in fours and rows left over; with three of three, each gets all."""
+    path = sample(outtype, n_routed_experts=experts).gguf
+    with Model(path, use_extra_bufts=False) as model, Context(model) as context:
+        plain = context.run(TOKENS)
+    with Model(path) as model, Context(model) as context:
+        prompt = context.run(TOKENS)
+    with Model(path) as model, Context(model) as context:
+        single = np.concatenate([context.run([token], i) for i, token in enumerate(TOKENS)])
+    assert nmse(single, prompt) < ROUNDING
+    assert nmse(plain, prompt) < ROUNDING
