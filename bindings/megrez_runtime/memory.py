@@ -7,11 +7,12 @@ from pathlib import Path
 
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.machine import resident_memory
 from megrez_gguf.patched import ARCH
 from megrez_gguf.units import format_size
 from megrez_runtime.errors import MemoryBudgetError
 
-# What a process has besides buffers: the interpreter, numpy, the vocabulary.
+# What a process has besides buffers, at least: the interpreter, numpy, the vocabulary.
 BASELINE = 100 << 20
 # What grows after a model was loaded, and is in no buffer that llama.cpp reports.
 SLACK = 32 << 20
@@ -28,6 +29,8 @@ class Needs:
     """Sizes in bytes, read off a file's header."""
 
     path: Path
+    program: int
+    """The process without the model; as it is now, if that is more than usual."""
     experts: int
     """All routed experts."""
     others: int
@@ -73,6 +76,7 @@ class Needs:
                     n_vocab = tensor.shape[0]
         return cls(
             path=path,
+            program=max(BASELINE, resident_memory() or 0),
             experts=experts,
             others=others,
             slot=max(slots.values(), default=0),
@@ -108,11 +112,11 @@ class Needs:
 
     def everything(self, n_ctx: int, n_ubatch: int) -> int:
         """Bytes of a process that keeps all experts in memory."""
-        return BASELINE + self.others + self.experts + self.working(n_ctx, n_ubatch)
+        return self.program + self.others + self.experts + self.working(n_ctx, n_ubatch)
 
     def least(self, n_ctx: int, n_ubatch: int = 1) -> int:
         """Bytes of a process that keeps the experts of one layer in memory."""
-        fixed = BASELINE + SLACK + self.others + self.working(n_ctx, n_ubatch)
+        fixed = self.program + SLACK + self.others + self.working(n_ctx, n_ubatch)
         return fixed + self.at_once(n_ubatch)
 
 

@@ -181,7 +181,7 @@ def _plan(
         if free is None:
             return None
         reason = f"{format_size(free)} of memory are free"
-        ram = int(SHARE * free)
+        ram = (resident_memory() or 0) + int(SHARE * free)
     else:
         ram = parse_size(ram) if isinstance(ram, str) else ram
         reason = f"within {format_size(ram)}"
