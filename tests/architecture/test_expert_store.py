@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from gguf_edit import STRING, U32, Gguf
 from llama import Context, LlamaError, Model, Row, opened
-from samples import TOKENS, Sample
+from samples import TINY, TOKENS, Sample
 
 from megrez_gguf import convert
 from megrez_gguf.machine import resident_memory
+from megrez_parity import ggml
 from megrez_runtime.experts import CACHE_KEY
 
 EXPERTS = 8  # in a pool of TINY; 3 a token
@@ -124,6 +125,32 @@ def test_bit_identical(sample: Callable[..., Sample], shape: str, outtype: str) 
         np.testing.assert_array_equal(store(path, slots), expected)
     np.testing.assert_array_equal(store(path, EXPERTS, direct=False), expected)
     np.testing.assert_array_equal(store(path, EXPERTS, threads=1), expected)
+
+
+@pytest.mark.parametrize("pre_gate", [True, False])
+def test_experts_are_read_a_layer_early(sample: Callable[..., Sample], pre_gate: bool) -> None:
+    """When layer 3 is done, those of layer 4, the first of its pool, are there or on their way."""
+    path = sample(pre_gate=pre_gate).gguf
+    ahead: list[int] = []
+
+    @C.ggml_backend_sched_eval_callback
+    def watch(tensor: int, ask: bool, _: Any) -> bool:
+        if ask:
+            return bool(ggml.Tensor.from_address(tensor).name == b"ffn_moe_out-3")
+        for _ in range(200):
+            found = stats(model)
+            assert found is not None
+            ahead[:] = [found.bytes_read - found.misses * expert]
+            if ahead[0]:
+                break
+            time.sleep(0.001)
+        return True
+
+    with Model(path, kv_overrides=overrides(cache=1 << 40)) as model:
+        expert = 3 * 4 * TINY["hidden_size"] * TINY["moe_intermediate_size"]
+        with Context(model, cb_eval=watch) as context:
+            context.run(TOKENS[:1])
+    assert (ahead[0] > 0) is pre_gate
 
 
 def test_the_least_memory_a_token_needs(tiny: Sample) -> None:

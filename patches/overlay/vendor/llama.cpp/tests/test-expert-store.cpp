@@ -11,12 +11,14 @@
 #include <cassert>
 
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <set>
 #include <stdexcept>
+#include <thread>
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -265,6 +267,22 @@ static void test_nothing_wasted() {
             assert(compute(m, store, rng, 4, true) == "");
         }
         assert(store.stats().wasted == 0);
+    }
+
+    // what was wanted once is no more when its run is over: an announcement finds slots
+    m.set_slots(2);
+    store_t store(m.params);
+    store_t::run run(store);
+    for (const int step : { 0, 2, 4 }) {
+        const uint64_t before = store.stats().reads;
+        run.begin();
+        run.announce(step, { 0, 1 });
+        for (int i = 0; i < 1000 && store.stats().reads == before; ++i) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+        assert(store.stats().reads > before);
+        run.acquire(step, { 0, 1 });
+        run.end();
     }
 }
 
