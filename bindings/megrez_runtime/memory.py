@@ -42,13 +42,18 @@ class Needs:
     """In a pool."""
     n_used: int
     n_embd: int
+    n_ff: int
+    """Of a routed expert."""
     n_vocab: int
     n_layer: int
+    n_head: int
     kv_width: int
     """Elements of keys and values a token has in a layer."""
+    all_logits: bool
+    """Of every token of a batch, not just of the last."""
 
     @classmethod
-    def of(cls, file: GGUFFile, path: Path) -> Needs:
+    def of(cls, file: GGUFFile, path: Path, all_logits: bool = False) -> Needs:
         """Raises GGUFError: a key is missing or no number. The loader judges all the rest."""
 
         def number(key: str) -> int:
@@ -84,9 +89,12 @@ class Needs:
             n_expert=n_expert,
             n_used=number("expert_used_count"),
             n_embd=number("embedding_length"),
+            n_ff=number("expert_feed_forward_length"),
             n_vocab=n_vocab,
             n_layer=number("block_count"),
+            n_head=heads,
             kv_width=2 * head_dim * number("attention.head_count_kv"),
+            all_logits=all_logits,
         )
 
     @property
@@ -100,10 +108,16 @@ class Needs:
 
     def working(self, n_ctx: int, n_ubatch: int) -> int:
         """Bytes of KV cache (16 bits an element) and compute buffers, about."""
+        n_ubatch = min(n_ubatch, n_ctx)
         cache = self.n_layer * n_ctx * self.kv_width * 2
-        # Logits of all tokens of a batch, and a few activations; measured with 0.57 MiB a token at
-        # the published size.
-        return cache + n_ubatch * 4 * (self.n_vocab + 10 * self.n_embd) + self.scratch(n_ubatch)
+        # What llama.cpp keeps at once of a token: while experts compute, while it attends (scores
+        # and mask), or with its logits. Fitted to what it reserves at the published size.
+        token = max(
+            2 * self.n_used * (self.n_embd + self.n_ff),
+            6 * self.n_embd + (self.n_head + 1) * n_ctx,
+            2 * self.n_embd + self.n_vocab if self.all_logits else 0,
+        )
+        return cache + n_ubatch * 4 * token + self.scratch(n_ubatch)
 
     def scratch(self, n_ubatch: int) -> int:
         """Bytes the matrix products need besides, which no buffer of llama.cpp's accounts for."""
@@ -124,13 +138,13 @@ def batch_for(needs: Needs, ram: int, n_ctx: int) -> int:
     """The largest n_ubatch of `UBATCHES` that suits a process of `ram` bytes.
 
     Large batches read prompts fast, but every token of one costs memory that experts could have:
-    up to an eighth of what is left for experts is given to it, if more than one layer's fit.
+    up to a sixth of what is left for experts is given to it, if more than one layer's fit.
     Raises MemoryBudgetError, with the least that would do.
     """
     for n_ubatch in UBATCHES:
         spare = ram - needs.least(n_ctx, n_ubatch)
         batch = needs.working(n_ctx, n_ubatch) - needs.working(n_ctx, 1)
-        if spare >= 0 and (n_ubatch == 1 or batch <= (spare + needs.at_once(n_ubatch)) // 8):
+        if spare >= 0 and (n_ubatch == 1 or batch <= (spare + needs.at_once(n_ubatch)) // 6):
             return n_ubatch
     least = needs.least(n_ctx)
     raise MemoryBudgetError(

@@ -51,7 +51,9 @@ def load(
     of the experts stays in the file and is read when a router names it: results are the same, bit
     for bit, and slower. "auto" does so if the machine, or the process's cgroup, has too little
     memory free; "off" never. `expert_cache` gives a size for the experts alone, in place of `ram`.
-    Both mean computing on the CPU. `say` is told what was chosen, if experts stay in the file.
+    Both mean computing on the CPU, and memory for the logits of one token of a batch, which is what
+    Llama asks for; `n_outputs_max`, an option, is for batches made by hand. `say` is told what was
+    chosen, if experts stay in the file.
 
     Raises GGUFError: no such file, damaged, not a Megrez2 model, or refused by llama.cpp (with its
     reason). MemoryBudgetError: `ram` or `expert_cache` is too small; names the least. ContextError:
@@ -79,10 +81,12 @@ def load(
         raise TypeError(f"llama_cpp.Llama has no option {', '.join(sorted(unknown))}")
     from jinja2 import TemplateError
 
-    plan = _plan(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"))
+    all_logits = any(options.get(name) for name in ("logits_all", "draft_model", "embedding"))
+    plan = _plan(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"), all_logits)
     if plan:
         overrides = {**(options.get("kv_overrides") or {}), experts.CACHE_KEY: plan.cache}
         batches = {"n_ubatch": plan.n_ubatch, "n_batch": max(plan.n_ubatch, 512)}
+        batches["n_outputs_max"] = 0 if all_logits else 1
         options = batches | options | {"kv_overrides": overrides, "use_mmap": False}
         n_gpu_layers = 0
 
@@ -166,11 +170,12 @@ def _plan(
     ram: int | str,
     cache: int | str | None,
     n_ubatch: int | None,
+    all_logits: bool,
 ) -> _Plan | None:
     """What to load with, or None if all experts are to be in memory."""
     if cache is not None:
         cache = parse_size(cache) if isinstance(cache, str) else cache
-        needs = Needs.of(file, path)
+        needs = Needs.of(file, path, all_logits)
         fitting = [n for n in UBATCHES if needs.at_once(n) <= cache]
         chosen = n_ubatch or (fitting[0] if fitting else 1)
         return _Plan(needs, file, cache, None, chosen, "expert cache")
@@ -185,7 +190,7 @@ def _plan(
     else:
         ram = parse_size(ram) if isinstance(ram, str) else ram
         reason = f"within {format_size(ram)}"
-    needs = Needs.of(file, path)
+    needs = Needs.of(file, path, all_logits)
     if needs.everything(n_ctx, n_ubatch or UBATCHES[0]) <= ram:
         return None
     return _Plan(needs, file, ram, ram, n_ubatch or batch_for(needs, ram, n_ctx), reason)

@@ -24,7 +24,7 @@ from megrez_gguf.gguf_file import GGUFFile
 from megrez_runtime import expert_stats, load
 from megrez_runtime.bench import bench
 from megrez_runtime.errors import DecodeError, MemoryBudgetError
-from megrez_runtime.experts import resize
+from megrez_runtime.experts import compute_bytes, resize
 from megrez_runtime.memory import Needs, batch_for
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
@@ -190,6 +190,30 @@ def test_batches_shrink_with_memory(large: Path) -> None:
     assert sizes == sorted(sizes)
     with pytest.raises(MemoryBudgetError):
         batch_for(needs, needs.least(256) - 1, 256)
+
+
+@pytest.mark.parametrize("all_logits", [False, True])
+def test_estimates_agree_with_what_is_reserved(tmp_path: Path, all_logits: bool) -> None:
+    """Of a model so narrow that logits, where all are wanted, are what takes most."""
+    config = json.loads((POCKET / "config.json").read_text()) | {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    make_checkpoint(config, tmp_path / "checkpoint")
+    path = tmp_path / "narrow.gguf"
+    convert(tmp_path / "checkpoint", path, outtype="f16")
+    needs = Needs.of(GGUFFile.open(path), path, all_logits)
+    for n_ctx in (256, 4096):
+        for n_ubatch in (8, 64, 512):
+            size = {"n_ctx": n_ctx, "n_ubatch": n_ubatch}
+            llm = load(path, expert_cache=1 << 30, logits_all=all_logits, **size)
+            cache = needs.working(n_ctx, 0)
+            estimate = needs.working(n_ctx, n_ubatch) - cache - needs.scratch(min(n_ubatch, n_ctx))
+            assert estimate == pytest.approx(compute_bytes(llm), rel=0.25)
+            assert np.isfinite(logits(llm, TOKENS)).all()
+            llm.close()
 
 
 def test_a_store_can_be_resized(pocket: Path) -> None:
