@@ -455,6 +455,7 @@ def plot(results: dict[str, Any], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     routings = results["routings"]
+    top = max(row["store"]["roofline"] for r in routings.values() for row in r["decode"])
     figure, axes = plt.subplots(1, len(routings), figsize=(5 * len(routings), 3.6), sharey=True)
     for axis, (name, result) in zip(np.atleast_1d(axes), routings.items(), strict=True):
         x = [row["percent"] for row in result["decode"]]
@@ -466,10 +467,11 @@ def plot(results: dict[str, Any], out: Path) -> None:
         axis.set_title(f"{name} routing", fontsize=10)
         axis.set_xlabel("memory of the process, % of the file")
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * top)
     np.atleast_1d(axes)[0].set_ylabel("tokens a second")
-    np.atleast_1d(axes)[0].legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(out, metadata={"Date": None})
 
 
