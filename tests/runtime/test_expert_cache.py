@@ -280,6 +280,23 @@ def test_chat_answers_alike_and_tells_what_the_cache_did(pocket: Path) -> None:
     assert "bytes are needed" in refused.stderr.decode()
 
 
+def test_speculative_decoding_says_the_same(pocket: Path) -> None:
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    said = set()
+    for cache in (None, "1MiB"):
+        for draft in (None, LlamaPromptLookupDecoding(num_pred_tokens=5)):
+            llm = load(pocket, n_ctx=512, expert_cache=cache, draft_model=draft)
+            prompt = "The capital of France is the capital of France is"
+            answer: Any = llm.create_completion(prompt, max_tokens=40, temperature=0)
+            said.add(answer["choices"][0]["text"])
+            found = expert_stats(llm)
+            assert (found is None) == (cache is None)
+            assert found is None or found.wasted == 0
+            llm.close()
+    assert len(said) == 1
+
+
 def test_bench_prints_speeds_or_json(pocket: Path) -> None:
     size = ("--prompt", "32", "--tokens", "8", "--warmup", "2", "--repeats", "2")
     text = command("bench", pocket, *size)
