@@ -280,6 +280,23 @@ def test_chat_answers_alike_and_tells_what_the_cache_did(pocket: Path) -> None:
     assert "bytes are needed" in refused.stderr.decode()
 
 
+def test_more_logits_than_there_is_memory_for_are_refused(pocket: Path) -> None:
+    """In a batch made by hand: llama.cpp would end the process."""
+    for wanted, options in ((1, {}), (3, {"n_outputs_max": 3})):
+        llm = load(pocket, expert_cache="1MiB", **options)
+        for count in (wanted, wanted + 1):
+            llm._ctx.kv_cache_clear()
+            llm._batch.set_batch(batch=TOKENS[:8], n_past=0, logits_all=False)
+            for i in range(count):
+                llm._batch.batch.logits[7 - i] = 1
+            if count == wanted:
+                llm._ctx.decode(llm._batch)
+            else:
+                with pytest.raises(RuntimeError, match="-1"):
+                    llm._ctx.decode(llm._batch)
+        llm.close()
+
+
 def test_speculative_decoding_says_the_same(pocket: Path) -> None:
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
