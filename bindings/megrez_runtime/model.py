@@ -48,12 +48,12 @@ def load(
     log is silent unless `verbose`.
 
     `ram` is the memory this process may take in all, in bytes or as in "2GiB". What does not fit
-    of the experts stays in the file and is read when a router names it: results are the same, bit
-    for bit, and slower. "auto" does so if the machine, or the process's cgroup, has too little
-    memory free; "off" never. `expert_cache` gives a size for the experts alone, in place of `ram`.
-    Both mean computing on the CPU, and memory for the logits of one token of a batch, which is what
-    Llama asks for; `n_outputs_max`, an option, is for batches made by hand. `say` is told what was
-    chosen, if experts stay in the file.
+    of the experts stays in the file and is read when a router names it: slower, and the same, bit
+    for bit, at the same `n_ubatch`, which is chosen to suit. "auto" does so if the machine, or the
+    process's cgroup, has too little memory free; "off" never. `expert_cache` gives a size for the
+    experts alone, in place of `ram`. Both mean computing on the CPU, and memory for the logits of
+    one token of a batch, which is what Llama asks for; `n_outputs_max`, an option, is for batches
+    made by hand. `say` is told what was chosen, if experts stay in the file.
 
     Raises GGUFError: no such file, damaged, not a Megrez2 model, or refused by llama.cpp (with its
     reason). MemoryBudgetError: `ram` or `expert_cache` is too small; names the least. ContextError:
