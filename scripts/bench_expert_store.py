@@ -345,8 +345,8 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
             with readahead(model, kib):
                 stock[name] = measure("stock", model, limit, **slow)["rate"]
         progress(f"store {ours['rate']:.2f}, {stock}, {ours['of_roofline']:.0%} of the roofline")
-        rows.append({"percent": percent, "limit_mib": limit / MIB, "store": ours, **stock})
-        rows[-1]["runs"] = runs
+        row = {"percent": percent, "limit_mib": limit / MIB, "store": ours, "runs": runs}
+        rows.append(row | stock)
     in_memory = statistics.median(run["in_memory"] for row in rows for run in row["runs"])
     result: dict[str, Any] = {"disk": disk, "in_memory": in_memory, "decode": rows}
     if args.pair:

@@ -85,8 +85,11 @@ def load(
     plan = _plan(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"), all_logits)
     if plan:
         overrides = {**(options.get("kv_overrides") or {}), experts.CACHE_KEY: plan.cache}
-        batches = {"n_ubatch": plan.n_ubatch, "n_batch": max(plan.n_ubatch, 512)}
-        batches["n_outputs_max"] = 0 if all_logits else 1
+        batches = {
+            "n_ubatch": plan.n_ubatch,
+            "n_batch": max(plan.n_ubatch, 512),
+            "n_outputs_max": 0 if all_logits else 1,
+        }
         options = batches | options | {"kv_overrides": overrides, "use_mmap": False}
         n_gpu_layers = 0
 
