@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.format.reader import GGUFFile
 from megrez_parity.provenance import provenance
 
 REPO = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def differing(one: Path, two: Path) -> int:
     count = 0
     for name, x in a.items():
         y = b[name]
-        same = (x.type, x.shape, x.nbytes) == (y.type, y.shape, y.nbytes)
+        same = (x.dtype, x.shape, x.nbytes) == (y.dtype, y.shape, y.nbytes)
         with x.shard.path.open("rb") as f, y.shard.path.open("rb") as g:
             f.seek(x.begin)
             g.seek(y.begin)

@@ -61,8 +61,8 @@ def run_store(args: argparse.Namespace) -> dict[str, Any]:
     it changes from one second to the next.
     """
     from megrez_gguf.machine import resident_memory
+    from megrez_llama.expert_store import expert_stats
     from megrez_runtime import load
-    from megrez_runtime.experts import expert_stats
 
     options: dict[str, Any] = {"ram": args.ram or "off"}
     if args.io_threads:
@@ -279,7 +279,7 @@ def measure(kind: str, model: Path, limit: int | None, **options: Any) -> dict[s
 
 def skewed_copy(model: Path, target: Path, sd: float) -> Path:
     """`model` with normal noise of deviation `sd` added to the bias that selects experts."""
-    from megrez_gguf.gguf_file import GGUFFile
+    from megrez_gguf.format.reader import GGUFFile
 
     shutil.copyfile(model, target)
     rng = np.random.default_rng(SEED)
@@ -296,7 +296,7 @@ def skewed_copy(model: Path, target: Path, sd: float) -> Path:
 
 def favourites(model: Path) -> float:
     """Share of routing that goes to the most used quarter of experts, mean over layers."""
-    from megrez_parity.engine import Engine
+    from megrez_llama.engine import Engine
 
     with Engine(model, 256) as engine:
         ids = np.random.default_rng(SEED).integers(0, engine.vocab_size, 256, dtype=np.int32)
@@ -310,8 +310,8 @@ def favourites(model: Path) -> float:
 
 def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All runs for one file."""
-    from megrez_gguf.gguf_file import GGUFFile
-    from megrez_runtime.experts import CACHE_KEY  # noqa: F401  (fails early where not installed)
+    from megrez_gguf.format.reader import GGUFFile
+    from megrez_llama.expert_store import CACHE_KEY  # noqa: F401  (fails early where not installed)
     from megrez_runtime.memory import Needs
 
     needs = Needs.of(GGUFFile.open(model), model)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf.imatrix import Imatrix, load
 from megrez_gguf.machine import available_cpus
+from megrez_gguf.quantization.imatrix import Imatrix, load
 from megrez_parity.provenance import provenance, sha256
 
 REPO = Path(__file__).resolve().parents[1]

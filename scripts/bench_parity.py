@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import MegrezError
-from megrez_parity.engine import Engine
+from megrez_llama.engine import Engine
 from megrez_parity.harness import measure
 from megrez_parity.windows import read_corpus
 

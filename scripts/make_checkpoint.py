@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import ConfigError, MegrezError, OutputError
 
 FULL: dict[str, Any] = {

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from make_checkpoint import FULL, make_checkpoint
 from megrez_gguf import convert
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import ConfigError
-from megrez_parity.engine import Engine
+from megrez_llama.engine import Engine
 from megrez_parity.metrics import Comparison
 from megrez_parity.reference import CheckpointWeights, forward
 

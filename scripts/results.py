@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megrez_parity.harness import measure
-from megrez_parity.levels import LEVELS
+from megrez_parity.level_files import LEVELS
 from megrez_parity.results import Report
 
 ROOT = Path(__file__).resolve().parents[1]

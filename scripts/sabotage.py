@@ -22,10 +22,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import MegrezError
 from megrez_parity.harness import measure
-from megrez_parity.levels import Maker
+from megrez_parity.level_files import Maker
 from megrez_parity.results import LevelResult
 from sabotages import SABOTAGES, File, Model, Sabotage
 

@@ -34,16 +34,16 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.conversion.pipeline import Conversion, convert, plan_convert
 from megrez_gguf.errors import ConfigError, MegrezError
-from megrez_gguf.pipeline import Conversion, convert, plan_convert
-from megrez_gguf.recipe import Recipe
-from megrez_parity.engine import Engine
+from megrez_gguf.quantization.recipe import Recipe
+from megrez_llama.engine import Engine
 from megrez_parity.harness import measure
 from megrez_parity.metrics import Comparison
 from megrez_parity.provenance import checkpoint_sha256, sha256
+from megrez_parity.reference_store import StoredReference, cache_key
 from megrez_parity.report import print_table, write
-from megrez_parity.stream import StoredReference, cache_key
 from megrez_parity.windows import read_corpus
 
 REPO = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megrez_gguf.errors import MegrezError
 from megrez_parity.harness import measure
-from megrez_parity.levels import LEVELS
+from megrez_parity.level_files import LEVELS
 from megrez_parity.provenance import checkpoint_sha256
 from megrez_parity.results import Metrics, Trace
 

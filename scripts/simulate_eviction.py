@@ -48,8 +48,8 @@ def made_up(kind: str, tokens: int, rng: np.random.Generator, skew: float) -> Ro
 
 def recorded(model: Path, text: Path, tokens: int) -> tuple[Routing, list[int]]:
     """What `model` chooses for the first `tokens` tokens of `text`, and the pool of each step."""
-    from megrez_gguf.gguf_file import GGUFFile
-    from megrez_parity.engine import Engine
+    from megrez_gguf.format.reader import GGUFFile
+    from megrez_llama.engine import Engine
 
     names = {tensor.name for tensor in GGUFFile.open(model).tensors}
     with Engine(model, tokens) as engine:

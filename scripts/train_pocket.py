@@ -29,7 +29,7 @@ from torch import Tensor
 
 import pocket_corpus
 import pocket_model
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity import reference
 from ngram import Trigram
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megrez_gguf import encode, layout
-from megrez_gguf.checkpoint import Checkpoint
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_gguf.conversion import layout
+from megrez_gguf.quantization import encode
 from megrez_parity.results import Activation, Audit
 
 if TYPE_CHECKING:
-    from megrez_parity.stream import StoredReference
+    from megrez_parity.reference_store import StoredReference
 
 _LARGEST = 65504.0
 # The largest float32 below F16's normal numbers.

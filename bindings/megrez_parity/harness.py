@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
@@ -18,15 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf import hub, layout, metadata
-from megrez_gguf.checkpoint import Checkpoint
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint import hub
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_gguf.checkpoint.tokenizer import UNUSED, Vocabulary
+from megrez_gguf.conversion import layout, metadata
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError, RuntimeUnavailableError
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.patched import ARCH
-from megrez_gguf.tokenizer import UNUSED, Vocabulary
-from megrez_parity.engine import Engine
-from megrez_parity.levels import LEVELS, Made, Maker, check, level_of, types_of
+from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.text import Say, silent
+from megrez_llama import ARCH
+from megrez_llama.engine import Engine
+from megrez_parity.level_files import LEVELS, Made, Maker, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
 from megrez_parity.results import LevelResult, ReferenceRun, Report
 from megrez_parity.thresholds import Thresholds
@@ -36,14 +38,13 @@ try:
     from megrez_parity import tracing
     from megrez_parity.audit import audit
     from megrez_parity.metrics import Comparison
+    from megrez_parity.reference_store import StoredReference, cache_key
     from megrez_parity.routing import CAPTURE, Nodes, RoutingComparison, routers
-    from megrez_parity.stream import StoredReference, cache_key
 except ImportError as e:
     raise RuntimeUnavailableError(
         f"parity needs torch and safetensors ({e}); pip install 'megrez-gguf[parity]'"
     ) from None
 
-Say = Callable[[str], None]
 
 # A checkpoint of this size takes minutes, so its reference is kept for the next run.
 _KEEP_BYTES = 1 << 30
@@ -65,7 +66,7 @@ def measure(
     thresholds: Path | None = None,
     revision: str | None = None,
     command: str = "",
-    say: Say = lambda line: None,
+    say: Say = silent,
 ) -> Report:
     """Compare a checkpoint at each level, and existing GGUF `files`, with the torch reference.
 
@@ -245,10 +246,7 @@ def _check_file(path: Path, config: ModelConfig, vocabulary: Vocabulary) -> None
     """Raise GGUFError unless the file is of this model: same shape, same vocabulary."""
     if not path.is_file():
         raise GGUFError(f"{path}: no such file")
-    values = GGUFFile.open(path).values
-    arch = values.get("general.architecture")
-    if arch != ARCH:
-        raise GGUFError(f"{path}: general.architecture is {arch!r}, not {ARCH!r}: another model")
+    values = GGUFFile.open_model(path).values
     expected = metadata.architecture(config)
     for key in (f"{ARCH}.{name}" for name in _SHAPE):
         if key in values and values[key] != expected[key]:

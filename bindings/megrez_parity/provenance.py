@@ -12,11 +12,11 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from megrez_gguf.checkpoint import Checkpoint
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import CheckpointError
-from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus
-from megrez_gguf.patched import marker
+from megrez_llama.patched import marker
 
 
 def sha256(paths: Sequence[Path]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megrez_gguf.pipeline import Fallback
+from megrez_gguf.conversion.pipeline import Fallback
 
 # Raised whenever a field changes its name or meaning.
 SCHEMA_VERSION = 1

@@ -34,12 +34,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, Weights, limit_groups, route
 from megrez_parity.results import Figure, LayerRouting
 
 if TYPE_CHECKING:
-    from megrez_parity.stream import StoredReference
+    from megrez_parity.reference_store import StoredReference
 
 Floats = NDArray[np.floating[Any]]
 Nodes = Mapping[tuple[str, int], NDArray[Any]]

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, Weights, block, embed, head, rotary
+from megrez_parity.reference_store import precision
 from megrez_parity.results import TRACED, Trace, TracePoint
 from megrez_parity.routing import Nmse, Nodes, captured
-from megrez_parity.stream import precision
 
 # What `Engine.run` has to capture.
 CAPTURE = TRACED

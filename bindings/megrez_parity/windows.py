@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.tokenizer import NORMAL, Vocabulary, read_vocabulary
 from megrez_gguf.errors import ConfigError, RuntimeUnavailableError, TokenizerError
-from megrez_gguf.tokenizer import NORMAL, Vocabulary, read_vocabulary
 from megrez_parity.results import Text
 
 try:

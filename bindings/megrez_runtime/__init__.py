@@ -11,15 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megrez_runtime.experts import ExpertStats, expert_stats
+    from megrez_llama.expert_store import ExpertStats, expert_stats
     from megrez_runtime.model import load
     from megrez_runtime.session import Sampling, Session
 
 __all__ = ["ExpertStats", "Sampling", "Session", "expert_stats", "load"]
 
 _EXPORTS = {
-    "ExpertStats": "megrez_runtime.experts",
-    "expert_stats": "megrez_runtime.experts",
+    "ExpertStats": "megrez_llama.expert_store",
+    "expert_stats": "megrez_llama.expert_store",
     "Sampling": "megrez_runtime.session",
     "Session": "megrez_runtime.session",
     "load": "megrez_runtime.model",

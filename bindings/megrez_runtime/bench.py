@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megrez_gguf.logs import log
 from megrez_gguf.machine import resident_memory
-from megrez_gguf.units import format_size
+from megrez_gguf.text import format_size
+from megrez_llama.expert_store import ExpertStats, expert_stats
+from megrez_llama.logs import log
 from megrez_runtime.errors import DecodeError
-from megrez_runtime.experts import ExpertStats, expert_stats
 from megrez_runtime.model import load
 
 if TYPE_CHECKING:

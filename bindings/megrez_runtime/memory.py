@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import resident_memory
-from megrez_gguf.patched import ARCH
-from megrez_gguf.units import format_size
+from megrez_gguf.text import format_size
+from megrez_llama import ARCH
 from megrez_runtime.errors import MemoryBudgetError
 
 # What a process has besides buffers, at least: the interpreter, numpy, the vocabulary.

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.logs import log
+from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus, available_memory, resident_memory
-from megrez_gguf.patched import ARCH, require_patched
-from megrez_gguf.units import format_size, parse_size
-from megrez_runtime import experts
+from megrez_gguf.text import format_size, parse_size
+from megrez_llama import ARCH, expert_store
+from megrez_llama.logs import log
+from megrez_llama.patched import require_patched
 from megrez_runtime.errors import ContextError, MemoryBudgetError
 from megrez_runtime.memory import SHARE, SLACK, UBATCHES, Needs, batch_for
 
@@ -61,13 +61,8 @@ def load(
     TypeError: an option `llama_cpp.Llama` does not have. ValueError: no size.
     """
     path = Path(path)
-    file = GGUFFile.open(path)
+    file = GGUFFile.open_model(path)
     values = file.values
-    arch = values.get("general.architecture")
-    if arch != ARCH:
-        raise GGUFError(
-            f"{path}: general.architecture is {arch!r}, not {ARCH!r}: not a Megrez2 model"
-        )
     trained = values.get(f"{ARCH}.context_length")
     if n_ctx is None:
         n_ctx = min(trained if type(trained) is int else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
@@ -84,7 +79,7 @@ def load(
     all_logits = any(options.get(name) for name in ("logits_all", "draft_model", "embedding"))
     plan = _plan(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"), all_logits)
     if plan:
-        overrides = {**(options.get("kv_overrides") or {}), experts.CACHE_KEY: plan.cache}
+        overrides = {**(options.get("kv_overrides") or {}), expert_store.CACHE_KEY: plan.cache}
         batches = {
             "n_ubatch": plan.n_ubatch,
             "n_batch": max(plan.n_ubatch, 512),
@@ -149,8 +144,10 @@ class _Plan:
         resident = resident_memory()
         if self.ram is None or resident is None:
             return
-        fixed = resident + experts.compute_bytes(llm) + self.needs.scratch(self.n_ubatch) + SLACK
-        if not experts.resize(llm, max(0, self.ram - fixed), self.n_ubatch):
+        fixed = (
+            resident + expert_store.compute_bytes(llm) + self.needs.scratch(self.n_ubatch) + SLACK
+        )
+        if not expert_store.resize(llm, max(0, self.ram - fixed), self.n_ubatch):
             least = fixed + self.needs.at_once(self.n_ubatch)
             raise MemoryBudgetError(
                 f"{self.needs.path}: {format_size(self.ram)} are too little: with batches of "
@@ -158,7 +155,7 @@ class _Plan:
             )
 
     def told(self, llm: Llama) -> str:
-        stats = experts.expert_stats(llm)
+        stats = expert_store.expert_stats(llm)
         assert stats is not None
         return (
             f"{self.reason}: {format_size(stats.slots * stats.slot_bytes)} for experts, "

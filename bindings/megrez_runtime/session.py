@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from megrez_gguf.logs import log
-from megrez_gguf.patched import require_patched
+from megrez_llama.logs import log
+from megrez_llama.patched import require_patched
 from megrez_runtime.errors import ContextError, DecodeError
 from megrez_runtime.template import ChatTemplate, Message
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.patched import require_patched
+from megrez_llama.patched import require_patched
 
 if TYPE_CHECKING:
     from llama_cpp import Llama

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import IO, Any
 
 from megrez_gguf.errors import MegrezError
-from megrez_runtime.experts import expert_stats
+from megrez_gguf.text import format_size
+from megrez_llama.expert_store import ExpertStats, expert_stats
 from megrez_runtime.model import load
 from megrez_runtime.session import Answer, Sampling, Session
 
@@ -123,8 +124,8 @@ class Terminal:
             self._talk(figures(answer, self.session.context))
             if self.stats:
                 after = expert_stats(self.session.llm)
-                did = str(after.since(before)) if after and before else "experts: all in memory"
-                self._talk(f"[{did}]")
+                did = _experts(after.since(before)) if after and before else "all in memory"
+                self._talk(f"[experts: {did}]")
         return answer
 
     @contextlib.contextmanager
@@ -189,6 +190,14 @@ def figures(answer: Answer, context: int) -> str:
     if a.prompt_rate:
         prompt += f", {a.prompt_rate:.1f} tok/s"
     return f"[{notes}{len(a.tokens)} tokens{rate}; {prompt}]"
+
+
+def _experts(stats: ExpertStats) -> str:
+    return (
+        f"{stats.hit_rate:.1%} of {stats.hits + stats.misses} in memory, "
+        f"{format_size(stats.bytes_read)} read, waited {stats.wait_us / 1e6:.2f} s, "
+        f"{stats.wasted} wasted"
+    )
 
 
 def _tty(stream: IO[str] | None) -> bool:

@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megrez_gguf.inspection import inspect
-    from megrez_gguf.pipeline import convert, quantize
-    from megrez_gguf.verification import verify
+    from megrez_gguf.conversion.pipeline import convert, quantize
+    from megrez_gguf.examination.inspection import inspect
+    from megrez_gguf.examination.verification import verify
 
 __all__ = ["convert", "inspect", "quantize", "verify"]
 
 # No module here may be called after a function below: importing `megrez_gguf.convert` as a module
 # would replace the function of that name.
 _EXPORTS = {
-    "convert": "megrez_gguf.pipeline",
-    "inspect": "megrez_gguf.inspection",
-    "quantize": "megrez_gguf.pipeline",
-    "verify": "megrez_gguf.verification",
+    "convert": "megrez_gguf.conversion.pipeline",
+    "inspect": "megrez_gguf.examination.inspection",
+    "quantize": "megrez_gguf.conversion.pipeline",
+    "verify": "megrez_gguf.examination.verification",
 }
 
 

@@ -1,10 +1,18 @@
 """The errors a user can meet. Each carries one complete, actionable message."""
 
+from megrez_llama.errors import GGUFError, MegrezError, RuntimeUnavailableError
 
-class MegrezError(Exception):
-    """Base of every expected failure. The command line prints it and exits with `exit_code`."""
-
-    exit_code = 2
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GGUFError",
+    "MegrezError",
+    "OutputError",
+    "RuntimeUnavailableError",
+    "SourceError",
+    "ThresholdError",
+    "TokenizerError",
+]
 
 
 class ConfigError(MegrezError):
@@ -15,20 +23,16 @@ class CheckpointError(MegrezError):
     """The shards, the index or a tensor in them are not what the configuration requires."""
 
 
+class SourceError(MegrezError):
+    """The checkpoint is no path here, and its hub does not give it."""
+
+
 class TokenizerError(MegrezError):
     """The tokenizer files cannot be expressed in GGUF without changing token ids."""
 
 
-class GGUFError(MegrezError):
-    """A GGUF file is damaged, or is not a Megrez2 model."""
-
-
 class OutputError(MegrezError):
     """The output cannot be written: it exists, the disk is full, the folder is missing."""
-
-
-class RuntimeUnavailableError(MegrezError):
-    """The patched llama-cpp-python (or torch) that a command needs is not installed."""
 
 
 class ThresholdError(MegrezError):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from make_checkpoint import FULL
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, forward
 
 # One dense layer, a full group of three, a short one of two. Rows of 256 take K-quants; 96 do not.

@@ -21,8 +21,8 @@ from samples import TINY, TOKENS, Sample
 
 from megrez_gguf import convert
 from megrez_gguf.machine import resident_memory
-from megrez_parity import ggml
-from megrez_runtime.experts import CACHE_KEY
+from megrez_llama import ggml
+from megrez_llama.expert_store import CACHE_KEY
 
 EXPERTS = 8  # in a pool of TINY; 3 a token
 

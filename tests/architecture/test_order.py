@@ -11,7 +11,7 @@ import pytest
 from llama import nmse, opened
 from samples import TOKENS, Sample
 
-from megrez_parity import ggml
+from megrez_llama import ggml
 
 KEPT = {"ffn_moe_topk", "ffn_moe_logits", "ffn_moe_weights_norm"}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from megrez_gguf.cli import app
+from megrez_cli import app
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from checkpoints import cli
 
 import megrez_gguf
 
-RUN = [sys.executable, "-m", "megrez_gguf.cli"]
+RUN = [sys.executable, "-m", "megrez_cli"]
 
 
 def test_help_is_fast() -> None:
@@ -123,8 +123,8 @@ def test_interrupt_while_nothing_is_written(tmp_path: Path) -> None:
     "code",
     [
         "import megrez_gguf",
-        "from megrez_gguf import cli",
-        "import megrez_gguf.config, megrez_gguf.errors",
+        "import megrez_cli as cli",
+        "import megrez_gguf.checkpoint.config, megrez_gguf.errors",
     ],
 )
 def test_imports_are_light(code: str) -> None:

@@ -29,11 +29,12 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 
 import megrez_gguf
-from megrez_gguf import layout, output, pipeline
-from megrez_gguf.checkpoint import Checkpoint
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_gguf.conversion import layout, pipeline
+from megrez_gguf.conversion.pipeline import ConvertResult
 from megrez_gguf.errors import CheckpointError, ConfigError, MegrezError, OutputError
-from megrez_gguf.pipeline import ConvertResult
+from megrez_gguf.storage import output
 
 GOLDEN = Path(__file__).parent / "golden.json"
 DENSE = ("gate", "up", "down")
@@ -116,7 +117,7 @@ def test_q8_0_equals_ggml_on_hard_values() -> None:
     data *= np.exp2(rng.integers(-30, 15, (64, 1))).astype(np.float32)
     data[3] = 0
     data[4] = [127] + [k + 0.5 for k in range(-16, 15)]
-    from megrez_gguf.quantizer import encoding
+    from megrez_gguf.quantization.encode import encoding
 
     ours = encoding("Q8_0").encode(data, None)
     theirs = quantize(data, GGMLQuantizationType.Q8_0)
@@ -330,7 +331,7 @@ def test_unknown_outtype(checkpoint: Path) -> None:
 
 
 def _limited(code: str, *args: Any) -> subprocess.CompletedProcess[str]:
-    script = f"{code}\nfrom megrez_gguf.cli import main\nmain()"
+    script = f"{code}\nfrom megrez_cli import main\nmain()"
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True
     )
@@ -407,11 +408,12 @@ def test_interrupted(checkpoint: Path, tmp_path: Path, number: int, code: int) -
     out.mkdir()
     script = (
         "import time\n"
-        "from megrez_gguf import output, pipeline\n"
+        "from megrez_gguf.storage import output\n"
+        "from megrez_gguf.conversion import pipeline\n"
         "output._BUFFER = 8192\n"
         "end = pipeline._Writer.end\n"
         "pipeline._Writer.end = lambda *a: (end(*a), time.sleep(0.05))\n"
-        "from megrez_gguf.cli import main\n"
+        "from megrez_cli import main\n"
         "main()"
     )
     arguments = ["convert", str(checkpoint), "-o", str(out / "x.gguf")]

@@ -20,8 +20,10 @@ import pytest
 from checkpoints import Make, merge, read_all, shards
 
 import megrez_gguf
-from megrez_gguf import encode, open_shards, output, stream
+from megrez_gguf.conversion import stream
 from megrez_gguf.errors import CheckpointError, OutputError
+from megrez_gguf.quantization import encode
+from megrez_gguf.storage import open_shards, output
 
 # The weights are copied as they are; or encoded here; or by ggml.
 LEVELS = ["bf16", "f32", "q4_0"]

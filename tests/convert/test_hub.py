@@ -13,8 +13,8 @@ import pytest
 from checkpoints import Make
 from hub_server import COMMIT, REPOSITORY, HubServer, serve
 
-from megrez_gguf import hub
-from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.checkpoint import hub
+from megrez_gguf.format.reader import GGUFFile
 
 # What no repository may make us fetch.
 BAIT = ("modeling_megrez.py", "pytorch_model.bin", "other.safetensors", "model-Q4.gguf", "x.pt")
@@ -54,7 +54,7 @@ class Client:
         return self.run("convert", *arguments, "-o", str(self.out), "--force", **env)
 
     def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        code = "from megrez_gguf.cli import main; main()"
+        code = "from megrez_cli import main; main()"
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(
             command, env=self.env | env, capture_output=True, text=True, timeout=120

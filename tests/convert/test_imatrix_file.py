@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError
-from megrez_gguf.imatrix import Imatrix, load, merge
+from megrez_gguf.quantization.imatrix import Imatrix, load, merge
 
 POOL, DENSE = "blk.1.ffn_up_exps.weight", "blk.0.attn_q.weight"
 SUMS = np.array([[2, 4, 6], [0, 0, 0]], np.float32)

@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 
 import megrez_gguf
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.inspection import Group
+from megrez_gguf.examination.inspection import Group
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from checkpoints import TINY, Entry, Make, cli, merge
 
 import megrez_gguf
 from make_checkpoint import make_checkpoint
-from megrez_gguf import levels
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.imatrix import Imatrix
-from megrez_gguf.logs import log
-from megrez_gguf.pipeline import Conversion, Fallback, plan_convert
+from megrez_gguf.conversion.pipeline import Conversion, Fallback, plan_convert
+from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.quantization import levels
+from megrez_gguf.quantization.imatrix import Imatrix
+from megrez_llama.logs import log
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 512}
 # What llama.cpp's choice of types looks at: widths, numbers of layers, experts and heads, and
@@ -107,7 +107,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
 def content(path: Path) -> dict[str, tuple[str, bytes]]:
     return {
-        t.name: (t.type, t.shard.path.read_bytes()[t.begin : t.begin + t.nbytes])
+        t.name: (t.dtype, t.shard.path.read_bytes()[t.begin : t.begin + t.nbytes])
         for t in GGUFFile.open(path).tensors
     }
 
@@ -296,10 +296,10 @@ def test_killed(make: Make, tmp_path: Path) -> None:
     out.mkdir()
     code = (
         "import time\n"
-        "from megrez_gguf import pipeline\n"
+        "from megrez_gguf.conversion import pipeline\n"
         "end = pipeline._Writer.end\n"
         "pipeline._Writer.end = lambda *a: (end(*a), print(flush=True), time.sleep(60))\n"
-        "from megrez_gguf.cli import main\n"
+        "from megrez_cli import main\n"
         "main()"
     )
     command = [sys.executable, "-c", code, "convert", str(folder), "-o", str(out / "x.gguf")]

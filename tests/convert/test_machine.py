@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megrez_gguf.machine import available_memory, resident_memory
-from megrez_gguf.units import format_size, parse_size
+from megrez_gguf.text import format_size, parse_size
 
 GIB = 1 << 30
 

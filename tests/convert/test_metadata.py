@@ -12,8 +12,9 @@ from checkpoints import TINY
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megrez_gguf import hub, metadata
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint import hub
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.conversion import metadata
 
 PUBLISHED: dict[str, Any] = TINY | {
     "experts_shared_frequency": 3,

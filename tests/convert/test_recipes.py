@@ -10,9 +10,9 @@ import pytest
 from checkpoints import TINY, Make, cli
 
 from make_checkpoint import FULL, make_checkpoint
-from megrez_gguf import recipe
+from megrez_gguf.conversion.pipeline import plan_convert
 from megrez_gguf.errors import ConfigError
-from megrez_gguf.pipeline import plan_convert
+from megrez_gguf.quantization import recipe
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
 # A recipe's name says whose size it may have.

@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 from checkpoints import cli, edit_json
 
+from megrez_gguf.checkpoint.tokenizer import (
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
 from megrez_gguf.errors import TokenizerError
-from megrez_gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 
 SIZE = 320
 Edit = Callable[[dict[str, Any]], Any]

@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 import megrez_gguf
 from make_checkpoint import POCKET, make_checkpoint
-from megrez_gguf.tokenizer import PRE_TOKENIZERS
+from megrez_gguf.checkpoint.tokenizer import PRE_TOKENIZERS
 
 CORPUS = (ROOT / "tests/data/multilingual.txt").read_text(encoding="utf-8")
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>"]

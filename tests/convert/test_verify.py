@@ -14,9 +14,9 @@ from checkpoints import Make, cli, merge
 
 import megrez_gguf
 from megrez_gguf.errors import ConfigError, GGUFError
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.imatrix import Imatrix
-from megrez_gguf.verification import verify
+from megrez_gguf.examination.verification import verify
+from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.quantization.imatrix import Imatrix
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 512}
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from traces import model
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.audit import audit
 from megrez_parity.results import Audit
 

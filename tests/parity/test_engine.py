@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from make_checkpoint import POCKET as RANDOM
 from make_checkpoint import make_checkpoint
 from megrez_gguf import convert, quantize
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import GGUFError, RuntimeUnavailableError
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_parity import ggml
-from megrez_parity.engine import Engine
-from megrez_parity.ggml import Tensor, check_layout, library
+from megrez_gguf.format.reader import GGUFFile
+from megrez_llama import ggml
+from megrez_llama.engine import Engine
+from megrez_llama.ggml import Tensor, check_layout, library
 from megrez_parity.reference import CheckpointWeights, forward
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megrez_gguf.cli import main
-from megrez_parity.levels import LEVELS
+from megrez_cli import main
+from megrez_parity.level_files import LEVELS
 from sabotage import POCKET
 
 # One of each family of kernels, and of what is made with an importance matrix.

@@ -12,14 +12,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from make_checkpoint import POCKET, make_checkpoint
+from megrez_cli import main
 from megrez_gguf import convert
-from megrez_gguf.cli import main
 from megrez_gguf.errors import RuntimeUnavailableError
-from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.format.reader import GGUFFile
+from megrez_llama.engine import Engine
 from megrez_parity import harness
-from megrez_parity.engine import Engine
 from megrez_parity.harness import measure
-from megrez_parity.levels import LEVELS
+from megrez_parity.level_files import LEVELS
 from megrez_parity.results import Figure, LevelResult, Metrics, Trace, TracePoint
 
 CONFIG = POCKET | {"num_hidden_layers": 3, "vocab_size": 1024}

@@ -15,16 +15,16 @@ from native_tools import run_native
 from numpy.typing import NDArray
 
 from make_checkpoint import make_checkpoint
+from megrez_cli import main
 from megrez_gguf import convert, quantize
-from megrez_gguf.cli import main
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.imatrix import merge
-from megrez_parity.engine import Engine
-from megrez_parity.imatrix import Imatrix, collect, load
-from megrez_parity.levels import level_of
+from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.quantization.imatrix import merge
+from megrez_llama.engine import Engine
+from megrez_parity.level_files import level_of
 from megrez_parity.reference import CheckpointWeights, forward
+from megrez_runtime.calibration import Imatrix, collect, load
 
 DATA = Path(__file__).parents[1] / "data"
 POCKET = DATA / "pocket"
@@ -135,7 +135,7 @@ def test_rescaled_activations_count_as_they_were(
 ) -> None:
     """Before the patches divide what enters these down projections by its size."""
     path = convert(POCKET, tmp_path / "rescaled.gguf", outtype=level).path
-    tensors = {t.name: t.type for t in GGUFFile.open(path).tensors}
+    tensors = {t.name: t.dtype for t in GGUFFile.open(path).tensors}
     found = collect(path, windows, CONTEXT)
     for name in ("blk.0.ffn_down", "blk.4.ffn_down_exps", "blk.6.ffn_down_shexp"):
         assert tensors[f"{name}.weight"] == level.upper()
@@ -286,7 +286,7 @@ def test_quantizes_like_llama_quantize(
     # llama-quantize sorts them by layer.
     pairs = zip(*(sorted(f.tensors, key=lambda t: t.name) for f in (ours_, theirs)), strict=True)
     for mine, other in pairs:
-        assert (mine.name, mine.type, mine.nbytes) == (other.name, other.type, other.nbytes)
+        assert (mine.name, mine.dtype, mine.nbytes) == (other.name, other.dtype, other.nbytes)
         data = [
             np.fromfile(tensor.shard.path, np.uint8, mine.nbytes, offset=tensor.begin)
             for tensor in (mine, other)

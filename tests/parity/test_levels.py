@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from make_checkpoint import POCKET as RANDOM
 from make_checkpoint import make_checkpoint
-from megrez_gguf import convert, quantize, quantizer
+from megrez_gguf import convert, quantize
+from megrez_gguf.conversion.pipeline import Fallback
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_gguf.pipeline import Fallback
-from megrez_parity import imatrix
-from megrez_parity.engine import Engine
-from megrez_parity.imatrix import Imatrix, collect
-from megrez_parity.levels import KNOWN, LEVELS, Made, Maker, check, level_of, types_of
+from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.quantization import imatrix, types
+from megrez_gguf.quantization.imatrix import Imatrix
+from megrez_llama.engine import Engine
+from megrez_parity.level_files import KNOWN, LEVELS, Made, Maker, check, level_of, types_of
+from megrez_runtime.calibration import collect
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
 CONTEXT = 64
@@ -69,7 +70,7 @@ def misfits(path: Path) -> set[str]:
     return {
         tensor.name
         for tensor in GGUFFile.open(path).tensors
-        if tensor.shape[-1] % 256 and tensor.type != "F32"
+        if tensor.shape[-1] % 256 and tensor.dtype != "F32"
     }
 
 
@@ -249,7 +250,7 @@ def test_an_importance_matrix_of_another_model(
 def test_a_log_that_is_not_understood(
     name: str, pattern: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantizer, name, re.compile(pattern))
+    monkeypatch.setattr(types, name, re.compile(pattern))
     with pytest.raises(OutputError, match="does not report the types it chose as expected"):
         quantize(source, tmp_path / "x.gguf", "q4_k_m")
     assert not list(tmp_path.iterdir())

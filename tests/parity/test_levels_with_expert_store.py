@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megrez_gguf.gguf_file import GGUFFile
-from megrez_parity.engine import Engine
-from megrez_parity.levels import LEVELS, Maker
+from megrez_gguf.format.reader import GGUFFile
+from megrez_llama.engine import Engine
+from megrez_parity.level_files import LEVELS, Maker
 from megrez_runtime.memory import Needs
 from sabotage import POCKET
 

@@ -17,8 +17,8 @@ from native_tools import run_native
 from numpy.typing import NDArray
 
 from megrez_gguf import convert, quantize
-from megrez_gguf.config import ModelConfig
-from megrez_parity.engine import Engine
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_llama.engine import Engine
 from megrez_parity.metrics import Comparison
 from megrez_parity.reference import CheckpointWeights, forward
 from megrez_parity.results import Metrics

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import make_checkpoint as maker
 from make_checkpoint import FULL, POCKET, make_checkpoint, tensor_shapes
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import ConfigError, OutputError
 from megrez_parity.reference import CheckpointWeights, forward
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 import train_pocket
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights
 from ngram import Trigram
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from make_checkpoint import SMALL, make_checkpoint
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import CheckpointError
 from megrez_parity import reference
 from megrez_parity.reference import CheckpointWeights, forward, limit_groups, rotary, route

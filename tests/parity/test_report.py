@@ -17,7 +17,7 @@ import pytest
 import reports
 
 from make_checkpoint import POCKET, make_checkpoint
-from megrez_gguf.cli import main
+from megrez_cli import main
 from megrez_gguf.errors import OutputError, RuntimeUnavailableError
 from megrez_parity import results
 from megrez_parity.report import prepare, print_table, schema, write

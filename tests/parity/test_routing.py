@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from traces import GROUPS, VARIANTS, WINDOWS, Nodes, Stored, candidate, model, noisy
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.results import LayerRouting
 from megrez_parity.routing import RoutingComparison, routers
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megrez_gguf.cli import main
+from megrez_cli import main
 from sabotage import POCKET, UNHARMED, harm, judge, named
 from sabotages import SABOTAGES, Sabotage
 

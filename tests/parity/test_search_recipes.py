@@ -11,8 +11,8 @@ import pytest
 
 import search_recipes as search
 from make_checkpoint import SMALL, make_checkpoint
-from megrez_gguf import recipe
-from megrez_gguf.pipeline import convert
+from megrez_gguf.conversion.pipeline import convert
+from megrez_gguf.quantization import recipe
 from search_recipes import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from make_checkpoint import SMALL, make_checkpoint
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import CheckpointError, MegrezError, OutputError
-from megrez_parity import reference, stream
+from megrez_parity import reference, reference_store
 from megrez_parity.reference import CheckpointWeights, forward
-from megrez_parity.stream import StoredReference, cache_key
+from megrez_parity.reference_store import StoredReference, cache_key
 from odd_configs import BASE, random_case
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
@@ -140,7 +140,7 @@ def test_equals_the_reference_window_by_window(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of one window: what every odd configuration keeps does not depend on the others."""
-    monkeypatch.setattr(stream, "_WORKING_BYTES", 1)
+    monkeypatch.setattr(reference_store, "_WORKING_BYTES", 1)
     make_checkpoint(BASE | changes, tmp_path / "checkpoint", shard_bytes=300_000)
     check_against_forward(tmp_path / "checkpoint", tmp_path / "cache", torch.float64, 1e-12)
 
@@ -148,10 +148,10 @@ def test_equals_the_reference_window_by_window(
 def test_large_models_run_in_float32(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "DOUBLE_LIMIT", 1000)
+    monkeypatch.setattr(reference_store, "DOUBLE_LIMIT", 1000)
     found = check_against_forward(small, tmp_path / "cache", torch.float32, 1e-5)
     assert found.dtype == "float32"
-    monkeypatch.setattr(stream, "DOUBLE_LIMIT", 10**9)
+    monkeypatch.setattr(reference_store, "DOUBLE_LIMIT", 10**9)
     double = stored(small, tmp_path / "double")
     double.run()
     error = found.logits(0) - double.logits(0)
@@ -162,11 +162,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from megrez_gguf.config import ModelConfig
-from megrez_parity import stream
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_parity import reference_store
 
 checkpoint, folder, stage, half = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-save = stream._save
+save = reference_store._save
 
 def die(out, name, batch, tensor):
     if out.name.startswith(stage):
@@ -176,10 +176,10 @@ def die(out, name, batch, tensor):
         os.kill(os.getpid(), signal.SIGKILL)
     save(out, name, batch, tensor)
 
-stream._save = die
+reference_store._save = die
 windows = list(np.random.default_rng(0).integers(0, 300, (3, 33), dtype=np.int32))
 config = ModelConfig.from_folder(checkpoint)
-stream.StoredReference(config, checkpoint, windows, folder, "weights", print).run()
+reference_store.StoredReference(config, checkpoint, windows, folder, "weights", print).run()
 """
 
 
@@ -276,7 +276,7 @@ def test_a_cache_of_something_else_is_refused(
     shorter = [window[:20] for window in windows]
     refused(r"cache of other context \(33, here 20\), other text", windows=shorter)
     with monkeypatch.context() as changed:
-        changed.setattr(stream, "DOUBLE_LIMIT", 1)
+        changed.setattr(reference_store, "DOUBLE_LIMIT", 1)
         refused(r"cache of other dtype \(float64, here float32\); ")
         keys.append(cache_key(ModelConfig.from_folder(small), small, windows, "weights"))
     with monkeypatch.context() as changed:
@@ -320,7 +320,7 @@ def test_a_full_disk_is_reported_and_no_loss(
     np_save = np.save
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    monkeypatch.setattr(stream, "available_cpus", lambda: 1)
+    monkeypatch.setattr(reference_store, "available_cpus", lambda: 1)
     with monkeypatch.context() as changed:
         changed.setattr(np, "save", full)
         with pytest.raises(OutputError, match="cannot be kept: No space left on device"):
@@ -382,11 +382,12 @@ def test_memory_is_one_pool(tmp_path: Path) -> None:
     assert (tmp_path / "wide" / "model.safetensors").stat().st_size > 300e6
     code = (
         "import sys, pathlib, numpy as np\n"
-        "from megrez_gguf.config import ModelConfig\n"
-        "from megrez_parity import stream\n"
-        "before, checkpoint = stream._peak_rss(), pathlib.Path(sys.argv[1])\n"
+        "from megrez_gguf.checkpoint.config import ModelConfig\n"
+        "from megrez_parity import reference_store\n"
+        "before, checkpoint = reference_store._peak_rss(), pathlib.Path(sys.argv[1])\n"
         "windows = list(np.random.default_rng(0).integers(0, 300, (3, 33), dtype=np.int32))\n"
-        "found = stream.StoredReference(ModelConfig.from_folder(checkpoint), checkpoint, windows,\n"
+        "config = ModelConfig.from_folder(checkpoint)\n"
+        "found = reference_store.StoredReference(config, checkpoint, windows,\n"
         "                               pathlib.Path(sys.argv[2]), '', lambda line: None)\n"
         "found.run()\n"
         "print(found.peak_rss - before)"

@@ -7,7 +7,7 @@ import pytest
 
 from megrez_gguf.errors import ConfigError
 from megrez_parity import tracing
-from megrez_parity.levels import LEVELS
+from megrez_parity.level_files import LEVELS
 from megrez_parity.provenance import checkpoint_sha256
 from megrez_parity.thresholds import Thresholds
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from traces import GROUPS, VARIANTS, WINDOWS, Nodes, candidate, computed, model, noisy
 
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import block, head, rotary
 from megrez_parity.results import Trace
 from megrez_parity.tracing import CAPTURE, trace

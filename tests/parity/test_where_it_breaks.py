@@ -18,12 +18,12 @@ from torch import Tensor
 from traces import LENGTH, VARIANTS, WINDOWS, model
 
 from megrez_gguf import convert, quantize
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_llama.engine import Engine
 from megrez_parity import routing, tracing
 from megrez_parity.audit import audit
-from megrez_parity.engine import Engine
+from megrez_parity.reference_store import StoredReference
 from megrez_parity.results import LayerRouting, TracePoint
-from megrez_parity.stream import StoredReference
 
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 CONTEXT = 256

@@ -10,9 +10,9 @@ import pytest
 from make_checkpoint import POCKET as CONFIG
 from make_checkpoint import make_checkpoint
 from megrez_gguf import convert
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import ConfigError, TokenizerError
-from megrez_parity.engine import Engine
+from megrez_llama.engine import Engine
 from megrez_parity.windows import Corpus, read_corpus
 
 DATA = Path(__file__).parents[1] / "data"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from make_checkpoint import SMALL, make_checkpoint
-from megrez_gguf.config import ModelConfig
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, forward
 
 Weights = Mapping[str, Tensor]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megrez_gguf import patched
 from megrez_gguf.errors import RuntimeUnavailableError
+from megrez_llama import patched
 
 
 @pytest.fixture

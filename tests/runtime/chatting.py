@@ -15,7 +15,7 @@ def edit_json(path: Path, **fields: Any) -> None:
 
 
 def chat_command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "megrez_gguf.cli", "chat", *map(str, arguments)]
+    return [sys.executable, "-m", "megrez_cli", "chat", *map(str, arguments)]
 
 
 def chat(*arguments: str | Path, stdin: str | bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -20,11 +20,11 @@ from chatting import chat
 from make_checkpoint import make_checkpoint
 from megrez_gguf import convert
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.format.reader import GGUFFile
+from megrez_llama.expert_store import compute_bytes, resize
 from megrez_runtime import expert_stats, load
 from megrez_runtime.bench import bench
 from megrez_runtime.errors import DecodeError, MemoryBudgetError
-from megrez_runtime.experts import compute_bytes, resize
 from megrez_runtime.memory import Needs, batch_for
 
 POCKET = Path(__file__).parents[1] / "data" / "pocket"
@@ -262,7 +262,7 @@ def test_a_decode_that_cannot_read_fails(pocket: Path, tmp_path: Path) -> None:
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "megrez_gguf.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "megrez_cli", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -364,7 +364,7 @@ def test_memory_stays_within_what_was_asked_for(large: Path, cgroup: Path) -> No
     (cgroup / "memory.limit_in_bytes").write_text(str(ram))
     script = f'echo $$ > {cgroup}/cgroup.procs; exec "$@"'
     size = ("--prompt", "64", "--tokens", "32", "--warmup", "0", "--repeats", "1", "--json")
-    words = [sys.executable, "-m", "megrez_gguf.cli", "bench", large, *size]
+    words = [sys.executable, "-m", "megrez_cli", "bench", large, *size]
     for budget in (("--ram", str(ram)), ()):  # asked for, or found out
         done = subprocess.run(
             ["bash", "-c", script, "bash", *words, *budget],

@@ -12,10 +12,10 @@ import pytest
 from chatting import chat, edit_json
 from gguf import GGUFReader, GGUFWriter
 
-import megrez_gguf.patched
+import megrez_llama.patched
 from megrez_gguf.errors import GGUFError, MegrezError, RuntimeUnavailableError
-from megrez_gguf.logs import log
 from megrez_gguf.machine import available_cpus
+from megrez_llama.logs import log
 from megrez_runtime import load
 from megrez_runtime.errors import ContextError
 
@@ -123,7 +123,7 @@ def test_an_option_llama_does_not_have_is_refused(model: Path) -> None:
 
 
 def test_a_stock_llama_cpp_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megrez_gguf.patched, "MARKER", "absent.json")
+    monkeypatch.setattr(megrez_llama.patched, "MARKER", "absent.json")
     with pytest.raises(RuntimeUnavailableError, match="pip install"):
         load(model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from megrez_gguf.encode import F16_LIMIT
+from megrez_gguf.quantization.encode import F16_LIMIT
 from megrez_parity.report.content import Bad, Section, Table
 from megrez_parity.report.words import NONE, clean, mib, number, percent
 from megrez_parity.results import Report

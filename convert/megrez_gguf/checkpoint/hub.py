@@ -1,0 +1,216 @@
+"""Where a checkpoint comes from: a path, or a repository on Hugging Face or ModelScope.
+
+Repositories are fetched by the hubs' own client libraries (`huggingface_hub`, `modelscope_hub`,
+both optional), into those libraries' caches and with their own resuming, progress bars and logins.
+Only files the converter reads are asked for, each by its name: no code, no pickles. The small ones
+come first, so that a model of another kind is refused before gigabytes are on their way.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.hub_clients import HUBS, Hub, HubName, chain, is_disk_full
+from megrez_gguf.checkpoint.shards import INDEX, SINGLE, read_index
+from megrez_gguf.errors import SourceError
+from megrez_gguf.text import Say, few, silent
+
+# Every file other than the weights that `convert`, `inspect` or `parity` reads.
+SMALL_FILES = (
+    "README.md",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    INDEX,
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+# What both hubs allow. A revision becomes part of a path in their caches.
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(.*))?", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w./+-]*", re.ASCII)
+_PREFIX = re.compile(r"(hf|modelscope):(.*)", re.DOTALL)
+# `models/tiny.gguf` could be an id, and is a file name that was mistyped.
+_FILES = (".gguf", ".safetensors", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint folder (or GGUF file) on this machine, and where it came from if that is known.
+
+    `revision` is the commit's hash on Hugging Face. ModelScope's client does not tell it, so there
+    it is what was asked for: a commit, a tag, or a branch ("master" unless asked for).
+    """
+
+    path: Path
+    hub: HubName | None = None
+    repository: str | None = None
+    revision: str | None = None
+
+    @property
+    def url(self) -> str | None:
+        """The repository's page."""
+        return HUBS[self.hub].page + str(self.repository) if self.hub else None
+
+
+def resolve(
+    source: str | os.PathLike[str], revision: str | None = None, say: Say = silent
+) -> Source:
+    """The folder or file that `source` names, fetched first if it is a repository's id.
+
+    What exists here wins. Otherwise "owner/name" and "hf:owner/name" are repositories on Hugging
+    Face and "modelscope:owner/name" one on ModelScope; "@REVISION" after the id does the same as
+    `revision`. A `Path` is never an id. `say` gets one line before weights are fetched; progress
+    bars go to stderr, and nothing to stdout.
+
+    Raises SourceError: no such path or repository, no access, no network, no space, a download that
+    stopped, or a client library that is not installed. Raises ConfigError, and CheckpointError for
+    the index, if the repository holds another kind of model; its weights are then not fetched.
+    """
+    text = os.fspath(source)
+    if os.path.exists(text):  # noqa: PTH110 (a string may be no path at all)
+        if revision is not None:
+            raise SourceError(
+                f"{text}: is on this machine and has no revision {revision!r}; leave the revision "
+                f"out, or write hf:{text} for the repository of that name"
+            )
+        return origin(Path(text))
+    return _fetch(_parse(source, revision), say)
+
+
+def origin(path: Path) -> Source:
+    """What the names of a hub's cache folders tell about `path`; no more than the path otherwise.
+
+    Hugging Face's are models--OWNER--NAME/snapshots/COMMIT, ModelScope's
+    models/OWNER--NAME/snapshots/REVISION.
+    """
+    *_, models, repository, snapshots, revision = ("", "", "", *path.resolve().parts)
+    if snapshots == "snapshots":
+        if match := re.fullmatch(r"models--(.+?)--(.+)", repository):
+            return Source(path, "huggingface", f"{match[1]}/{match[2]}", revision)
+        if models == "models" and (match := re.fullmatch(r"(.+?)--(.+)", repository)):
+            return Source(path, "modelscope", f"{match[1]}/{match[2]}", revision)
+    return Source(path)
+
+
+# --- reading the argument ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    hub: HubName
+    repository: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.repository + (f"@{self.revision}" if self.revision else "")
+
+
+def _parse(source: str | os.PathLike[str], revision: str | None) -> _Wanted:
+    text = os.fspath(source)
+    prefix = _PREFIX.fullmatch(text)
+    match = _ID.fullmatch(prefix[2] if prefix else text)
+    if match is None or not isinstance(source, str) or (match[2] is None and text.endswith(_FILES)):
+        raise SourceError(
+            f"{text}: no such folder or file; a repository is written owner/name (Hugging Face) or "
+            "modelscope:owner/name, either one with @REVISION if need be"
+        )
+    if match[2] is not None and revision not in (None, match[2]):
+        raise SourceError(f"{text}: names revision {match[2]!r}, and --revision {revision!r}")
+    wanted = match[2] if match[2] is not None else revision
+    if wanted is not None and not _REVISION.fullmatch(wanted):
+        raise SourceError(f"{text}: {wanted!r} is not the name of a branch, tag or commit")
+    hub: HubName = "modelscope" if prefix and prefix[1] == "modelscope" else "huggingface"
+    return _Wanted(hub, match[1], wanted)
+
+
+# --- fetching ----------------------------------------------------------------------------------
+
+
+def _fetch(wanted: _Wanted, say: Say) -> Source:
+    folder = _download(wanted, wanted.revision, SMALL_FILES, say)
+    if not (folder / "config.json").is_file():
+        raise SourceError(
+            f"{wanted}: holds no config.json; give the repository with the original safetensors "
+            "weights, not one of GGUF files or an adapter"
+        )
+    ModelConfig.from_folder(folder)
+    index = read_index(folder)
+    names = sorted(set(index.weight_map.values())) if index else [SINGLE]
+    found = origin(folder)
+    # On the commit the small files came from: a branch may move between the two.
+    revision = found.revision if wanted.hub == "huggingface" else wanted.revision
+    if any(not (folder / name).is_file() for name in names):
+        size = f", {index.total_size / 2**20:,.1f} MiB" if index and index.total_size else ""
+        say(f"fetching {wanted}: {len(names)} shard{'s' * (len(names) > 1)}{size}, to {folder}")
+    _download(wanted, revision, tuple(names), say)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise SourceError(
+            f"{wanted}: {few(missing)} not found in "
+            f"the repository; weights must be safetensors, in {SINGLE} or as {INDEX} names them"
+        )
+    # The name of an older client's ModelScope cache folder tells nothing.
+    return Source(folder, wanted.hub, wanted.repository, found.revision or wanted.revision)
+
+
+def _download(wanted: _Wanted, revision: str | None, names: tuple[str, ...], say: Say) -> Path:
+    """Fetch the files of these names that exist; those already here are kept."""
+    hub = HUBS[wanted.hub]
+    try:
+        # Clients may print; stdout belongs to the command.
+        with redirect_stdout(sys.stderr):
+            # Both clients take patterns, and a name may hold what is special in one.
+            return hub.download(wanted.repository, revision, [glob.escape(n) for n in names])
+    except ImportError as e:
+        raise SourceError(
+            f"{wanted}: no such folder here, and fetching it from {hub.title} needs a package: "
+            f"pip install 'megrez-gguf[{hub.extra}]' ({e})"
+        ) from None
+    except KeyboardInterrupt:
+        say(f"{wanted}: the download was interrupted; run this again to go on with it")
+        raise
+    except Exception as e:
+        # Any, because the clients let through whatever their transports raise.
+        raise SourceError(f"{wanted}: {_reason(hub, wanted, e)}") from e
+
+
+def _reason(hub: Hub, wanted: _Wanted, error: Exception) -> str:
+    """What is wrong, and what to do about it."""
+    page = hub.page + wanted.repository
+    kind = "space" if is_disk_full(error) else hub.kind(error)
+    if kind == "unknown":
+        revision = f", or not its revision {wanted.revision!r}" if wanted.revision else ""
+        return (
+            f"no such folder here, and {hub.title} does not know {wanted.repository}{revision}; "
+            f"if it is private, log in first ({hub.login})"
+        )
+    if kind == "revision":
+        return f"{hub.title} has no revision {wanted.revision!r} of it; see {page}"
+    if kind == "denied":
+        return (
+            f"{hub.title} denies access; accept the model's terms at {page} if it asks for that, "
+            f"log in ({hub.login}), and run this again"
+        )
+    innermost = list(chain(error))[-1]
+    lines = str(innermost).splitlines() or [""]
+    detail = f"{type(innermost).__name__}: {lines[0]}"
+    if kind == "offline":
+        return (
+            f"no such folder here, {hub.title} cannot be reached, and its cache on this machine "
+            f"does not hold all that is needed; a folder works without network ({detail})"
+        )
+    if kind == "space":
+        return (
+            f"the disk is full; free some space or move the cache ({hub.cache}=FOLDER), then run "
+            "this again: finished files are kept"
+        )
+    return f"the download stopped; run this again to go on with it ({detail})"
