@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import MegrezError
 from megrez_llama.engine import Engine
 from megrez_parity.harness import measure
@@ -25,7 +25,7 @@ from megrez_parity.windows import read_corpus
 
 def bare(gguf: Path, checkpoint: Path, texts: list[Path], context: int, windows: int) -> float:
     """Seconds of llama.cpp alone, outputs of the scored half as llama-perplexity asks for."""
-    corpus = read_corpus(checkpoint, ModelConfig.from_folder(checkpoint), texts, context, windows)
+    corpus = read_corpus(Checkpoint.open(checkpoint), texts, n_ctx=context, n_windows=windows)
     with Engine(gguf, context) as engine:
         begin = time.perf_counter()
         for window in corpus.windows:
@@ -55,11 +55,11 @@ def main() -> int:
             def judged() -> float:
                 report = measure(
                     args.checkpoint,
-                    (),
-                    args.text,
-                    args.ctx,
-                    args.windows,
-                    [args.gguf],
+                    levels=(),
+                    texts=args.text,
+                    files=[args.gguf],
+                    n_ctx=args.ctx,
+                    n_windows=args.windows,
                     cache=args.cache,
                 )
                 seconds = report.levels[0].seconds

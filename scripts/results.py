@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megrez_parity.harness import measure
 from megrez_parity.level_files import LEVELS
-from megrez_parity.results import Report
+from megrez_parity.results import ParityReport
 
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = Path("tests/data/pocket")
@@ -27,7 +27,7 @@ USUAL += ("recipe:megrez-q4", "q4_0", "q3_k_m", "recipe:megrez-q3")
 BLOCK = re.compile(r"(?s)(<!-- results:begin[^\n]*-->\n).*?(<!-- results:end -->)")
 
 
-def markdown(report: Report, shown: Collection[str]) -> str:
+def markdown(report: ParityReport, shown: Collection[str]) -> str:
     """A table of the levels `shown`, and where its figures come from."""
     windows = sum(text.windows for text in report.texts)
     lines = [
@@ -63,7 +63,7 @@ def main() -> int:
     )
     parser.add_argument("--print", action="store_true", dest="only_print")
     args = parser.parse_args()
-    report = measure(POCKET, windows=WINDOWS, say=lambda line: print(line, file=sys.stderr))
+    report = measure(POCKET, n_windows=WINDOWS, say=lambda line: print(line, file=sys.stderr))
     whole = markdown(report, LEVELS)
     if args.only_print:
         print(whole, end="")

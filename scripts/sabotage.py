@@ -84,12 +84,21 @@ def judge(
     F32 shows everything in one window of `context` tokens a text, the noise of other levels needs
     more. `cache` is a folder that keeps the reference from one call to the next.
     """
-    size = (context, 1) if sabotage.level == "f32" else (2 * context, 2)
-    keep = cache / "-".join(map(str, size)) if cache and not sabotage.patch else None
+    n_ctx, n_windows = (context, 1) if sabotage.level == "f32" else (2 * context, 2)
+    keep = cache / f"{n_ctx}-{n_windows}" if cache and not sabotage.patch else None
     with tempfile.TemporaryDirectory(prefix="sabotage-") as folder:
         gguf = harm(checkpoint, Path(folder), sabotage)
         with sabotage.patch() if sabotage.patch else nullcontext():
-            report = measure(checkpoint, (), texts, *size, [gguf], trace=True, cache=keep)
+            report = measure(
+                checkpoint,
+                levels=(),
+                texts=texts,
+                files=[gguf],
+                n_ctx=n_ctx,
+                n_windows=n_windows,
+                trace=True,
+                cache=keep,
+            )
     return report.levels[0]
 
 

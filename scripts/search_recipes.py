@@ -34,8 +34,9 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
-from megrez_gguf.checkpoint.config import ModelConfig
-from megrez_gguf.conversion.pipeline import Conversion, convert, plan_convert
+from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_gguf.conversion.convert import convert, plan_convert
+from megrez_gguf.conversion.plan import Conversion
 from megrez_gguf.errors import ConfigError, MegrezError
 from megrez_gguf.quantization.recipe import Recipe
 from megrez_llama.engine import Engine
@@ -87,7 +88,7 @@ class Sizes:
     def __init__(self, checkpoint: Path, roles: Sequence[str]) -> None:
         self._checkpoint, self.roles = checkpoint, roles
         self._of = {kind: self._plan(kind) for kind in TYPES}
-        self.other = self._rest(plan_convert(checkpoint, "x", BASE))
+        self.other = self._rest(plan_convert(checkpoint, "x", outtype=BASE))
 
     def _plan(self, kind: str) -> dict[str, int]:
         """By role, where all its rows can hold `kind`."""
@@ -118,12 +119,12 @@ class Sizes:
         return self.other + sum(self.of(r, kind) for r, kind in zip(self.roles, mix, strict=True))
 
     def level(self, name: str) -> int:
-        return plan_convert(self._checkpoint, "x", name).nbytes
+        return plan_convert(self._checkpoint, "x", outtype=name).nbytes
 
 
 def roles_of(checkpoint: Path) -> list[str]:
     """The roles that the checkpoint's tensors have. Raises ConfigError where they leave one out."""
-    plan = plan_convert(checkpoint, "x", BASE)
+    plan = plan_convert(checkpoint, "x", outtype=BASE)
     names = [item.name for item in plan.items if item.encoding.name == BASE.upper()]
     for name in names:
         if sum(bool(re.search(role, name)) for role in ROLES) != 1:
@@ -139,13 +140,14 @@ class Meter:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._checkpoint, self._imatrix = args.checkpoint, args.imatrix
-        config = ModelConfig.from_folder(args.checkpoint)
-        corpus = read_corpus(args.checkpoint, config, args.text, args.ctx, args.windows)
+        checkpoint = Checkpoint.open(args.checkpoint)
+        config = checkpoint.config
+        corpus = read_corpus(checkpoint, args.text, n_ctx=args.ctx, n_windows=args.windows)
         if not corpus.calibration:
             raise ConfigError("the texts end with the windows to judge by; give longer ones")
         self._windows = corpus.calibration
         tokens = [window.tokens for window in self._windows]
-        weights = checkpoint_sha256(args.checkpoint)
+        weights = checkpoint_sha256(checkpoint)
         key = cache_key(config, args.checkpoint, tokens, weights)[:16]
         args.work.mkdir(parents=True, exist_ok=True)
         self._reference = StoredReference(
@@ -340,10 +342,10 @@ def run(args: argparse.Namespace) -> None:
         levels += [f"{level}+imatrix" for level in (*TARGETS.values(), *found)]
     report = measure(
         args.checkpoint,
-        levels,
-        args.text,
-        args.ctx,
-        args.windows,
+        levels=levels,
+        texts=args.text,
+        n_ctx=args.ctx,
+        n_windows=args.windows,
         imatrix=args.imatrix,
         command=shlex.join(["scripts/search_recipes.py", *sys.argv[1:]]),
         say=say,

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import MegrezError
 from megrez_parity.harness import measure
 from megrez_parity.level_files import LEVELS
@@ -84,7 +85,7 @@ def main() -> int:
     found["f32"] = {"nmse": EXACT, "tokenizer_agreement": 1.0, "trace": exact}
     assert tuple(found) == LEVELS
     levels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(found[name])}" for name in found)
-    weights = json.dumps(checkpoint_sha256(POCKET))
+    weights = json.dumps(checkpoint_sha256(Checkpoint.open(POCKET)))
     text = f'{{\n  "weights_sha256": {weights},\n  "levels": {{\n{levels}\n  }}\n}}\n'
     TARGET.write_text(text, encoding="utf-8")
     print(TARGET)

@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from megrez_gguf.errors import MegrezError
+
 if TYPE_CHECKING:
-    from megrez_gguf.conversion.pipeline import Conversion, ConvertResult
+    from megrez_gguf.conversion.plan import Conversion, ConvertResult
+
+# What to type where an error names the keyword argument that would help.
+_HINTS = {
+    "clamp": "; use --outtype bf16 or f32, or --clamp to limit them (`megrez-gguf inspect` counts "
+    "them in all tensors)",
+    "force": "; use --force to replace it",
+    "imatrix": " (--imatrix FILE; `megrez-gguf imatrix` makes one)",
+    "n_ctx": " (--ctx)",
+    "texts": " (--text FILE)",
+}
 
 
 def tell_result(result: ConvertResult, as_json: bool) -> None:
@@ -89,3 +101,10 @@ def progress(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], No
 
 def say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def hint(error: MegrezError) -> str:
+    """What to type against `error`, as the end of its message; "" where it says all itself."""
+    if error.option == "n_ctx" and error.value is not None:
+        return f": give --ctx {error.value}"
+    return _HINTS[error.option] if error.option else ""

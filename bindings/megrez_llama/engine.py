@@ -75,6 +75,7 @@ class Engine:
         self,
         path: Path,
         context: int,
+        *,
         expert_cache: int | None = None,
         n_threads: int | None = None,
     ) -> None:

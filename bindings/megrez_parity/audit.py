@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,25 +39,26 @@ _RESCALED = ("ffn_swiglu", "ffn_moe_swiglu", "ffn_shexp_swiglu")
 
 
 def audit(
-    config: ModelConfig,
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     reference: StoredReference,
+    *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Audit:
     """Count what F16 would lose of the checkpoint's weights; compare activations with its range.
 
     Activations are `reference.maxima`, of the windows it ran on. Weights are all that an F16 file
     stores as F16, so no norm, bias or router; each is read, and `progress(bytes done, bytes in
-    all)` follows. Raises CheckpointError when the checkpoint is not what `config` requires or
-    cannot be read.
+    all)` follows. Raises CheckpointError when the checkpoint is not what its configuration requires
+    or cannot be read.
     """
+    config = checkpoint.config
     activations = [
         Activation(name, _enters(config, name, layer), layer if layer >= 0 else None, largest)
         for (name, layer), largest in reference.maxima.items()
     ]
     tensors = [
         tensor
-        for target in layout.plan(config, Checkpoint.open(checkpoint)).targets
+        for target in layout.plan(checkpoint).targets
         if not target.f32
         for tensor in target.sources
     ]

@@ -25,12 +25,13 @@ from megrez_gguf.checkpoint.tokenizer import UNUSED, Vocabulary
 from megrez_gguf.conversion import layout, metadata
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError, RuntimeUnavailableError
 from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.machine import available_cpus
 from megrez_gguf.text import Say, silent
 from megrez_llama import ARCH
 from megrez_llama.engine import Engine
 from megrez_parity.level_files import LEVELS, Made, Maker, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
-from megrez_parity.results import LevelResult, ReferenceRun, Report
+from megrez_parity.results import LevelResult, ParityReport, ReferenceRun
 from megrez_parity.thresholds import Thresholds
 from megrez_parity.windows import Corpus, read_corpus
 
@@ -54,12 +55,12 @@ _SHAPE = ("embedding_length", "block_count", "attention.head_count", "expert_cou
 
 def measure(
     checkpoint: str | os.PathLike[str],
+    *,
     levels: Sequence[str] = LEVELS,
     texts: Sequence[Path] = (),
-    context: int = 512,
-    windows: int = 4,
     files: Sequence[Path] = (),
-    *,
+    n_ctx: int = 512,
+    n_windows: int = 4,
     trace: bool = False,
     cache: Path | None = None,
     imatrix: Path | None = None,
@@ -67,10 +68,10 @@ def measure(
     revision: str | None = None,
     command: str = "",
     say: Say = silent,
-) -> Report:
+) -> ParityReport:
     """Compare a checkpoint at each level, and existing GGUF `files`, with the torch reference.
 
-    Every text gives up to `windows` windows of `context` tokens from its start; without `texts`,
+    Every text gives up to `n_windows` windows of `n_ctx` tokens from its start; without `texts`,
     the files of a folder `heldout` in or next to the checkpoint, which may be a repository: see
     `hub.resolve`, to which `revision` goes. A file is judged by the thresholds of the level its
     file type names. `trace` looks for the tensor that errs first. `cache` is a folder for the
@@ -85,20 +86,19 @@ def measure(
     """
     if not levels and not files:
         raise ConfigError("nothing to compare: give a level or a GGUF file")
-    if context < 4 or windows < 1:
-        raise ConfigError(f"{windows} windows of {context} tokens: expected at least 1 of 4")
+    if n_ctx < 4 or n_windows < 1:
+        raise ConfigError(f"{n_windows} windows of {n_ctx} tokens: expected at least 1 of 4")
     bounds = Thresholds.load(thresholds)
-    folder = hub.resolve(checkpoint, revision, say).path
-    config = ModelConfig.from_folder(folder)
-    source = Checkpoint.open(folder)
-    layout.plan(config, source)  # every tensor is there, in its shape
-    corpus = read_corpus(folder, config, texts, context, windows)
+    source = Checkpoint.open(hub.resolve(checkpoint, revision=revision, say=say))
+    config, folder = source.config, source.folder
+    layout.plan(source)  # every tensor is there, in its shape
+    corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)
     for level in levels:
         check(level, calibrated=bool(imatrix or corpus.calibration))
     for file in files:
         _check_file(file, config, corpus.vocabulary)
     say("hashing the checkpoint")
-    weights = checkpoint_sha256(folder)
+    weights = checkpoint_sha256(source)
     tokens = [window.tokens for window in corpus.windows]
     calibration = [window.tokens for window in corpus.calibration]
     large = sum(shard.size for shard in source.shards) >= _KEEP_BYTES
@@ -127,9 +127,9 @@ def measure(
             say("tracing, layer by layer")
             tolerances = {r.level: bounds.tolerances(r.kind, weights) for r in results}
             results = judge.traced(results, tolerances)
-        return Report(
+        return ParityReport(
             checkpoint=os.fspath(checkpoint),
-            context=context,
+            context=n_ctx,
             texts=corpus.texts,
             reference=ReferenceRun(
                 dtype=reference.dtype,
@@ -138,7 +138,7 @@ def measure(
                 cached=reference.cached,
                 cache="" if cache.is_relative_to(scratch) else str(cache),
             ),
-            audit=audit(config, folder, reference),
+            audit=audit(source, reference),
             provenance=provenance(weights, command),
             levels=results,
         )
@@ -185,7 +185,7 @@ class _Judge:
         routing = RoutingComparison(self._config, self._routers)
         seconds = {"make": making, "forward": 0.0, "compare": 0.0}
         kept = self._nodes.setdefault(name, [])
-        with Engine(made.path, len(windows[0].tokens)) as engine:
+        with Engine(made.path, len(windows[0].tokens), n_threads=available_cpus()) as engine:
             tokenized = [engine.tokenize(content) for content in corpus.contents]
             agreement = corpus.agreement(tokenized, engine.bos)
             for i, window in enumerate(windows):

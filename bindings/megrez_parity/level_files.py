@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megrez_gguf import convert
-from megrez_gguf.conversion.pipeline import RECIPE, Fallback
+from megrez_gguf.conversion.metadata import RECIPE
+from megrez_gguf.conversion.plan import Fallback
 from megrez_gguf.errors import ConfigError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import imatrix, levels, recipe
@@ -74,8 +75,9 @@ def check(level: str, calibrated: bool = True) -> None:
         )
     if base != level and not calibrated:
         raise ConfigError(
-            f"level {level!r} needs an importance matrix: give its file with --imatrix, or a "
-            "longer text, whose tokens beyond the windows it can be made of"
+            f"level {level!r} needs an importance matrix: give its file, or a "
+            "longer text, whose tokens beyond the windows it can be made of",
+            option="imatrix",
         )
 
 
@@ -130,7 +132,7 @@ class Maker:
             source = self._folder / "source.gguf"
             try:
                 convert(self._checkpoint, source)
-                self._imatrix = collect(source, windows, max(map(len, windows)))
+                self._imatrix = collect(source, windows, n_ctx=max(map(len, windows)))
             finally:
                 source.unlink(missing_ok=True)
         return self._imatrix

@@ -33,10 +33,10 @@ def sha256(paths: Sequence[Path]) -> list[str]:
         return list(pool.map(digest, paths))
 
 
-def checkpoint_sha256(folder: Path) -> str:
+def checkpoint_sha256(checkpoint: Checkpoint) -> str:
     """One digest for all that decides a checkpoint's logits: config.json and every shard."""
-    shards = [shard.path for shard in Checkpoint.open(folder).shards]
-    return hashlib.sha256("\n".join(sha256([folder / "config.json", *shards])).encode()).hexdigest()
+    files = [checkpoint.folder / "config.json", *(shard.path for shard in checkpoint.shards)]
+    return hashlib.sha256("\n".join(sha256(files)).encode()).hexdigest()
 
 
 def file_sha256(file: GGUFFile) -> str:

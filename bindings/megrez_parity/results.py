@@ -1,6 +1,7 @@
 """What a parity run finds: plain data, the same in Python, in JSON and in every report.
 
-The JSON form is `Report.as_dict()`; `report.schema.json` describes it. Shapes: S tokens a window.
+The JSON form is `ParityReport.as_dict()`; `report.schema.json` describes it.
+Shapes: S tokens a window.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megrez_gguf.conversion.pipeline import Fallback
+from megrez_gguf.conversion.plan import Fallback
 
 # Raised whenever a field changes its name or meaning.
 SCHEMA_VERSION = 1
@@ -216,7 +217,7 @@ class ReferenceRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ParityReport:
     """All levels of one checkpoint over the same windows of text."""
 
     checkpoint: str

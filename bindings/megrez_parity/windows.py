@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import NORMAL, Vocabulary, read_vocabulary
 from megrez_gguf.errors import ConfigError, RuntimeUnavailableError, TokenizerError
 from megrez_parity.results import Text
@@ -91,16 +91,21 @@ def _placed(ids: Tokens, lengths: list[int]) -> set[tuple[int, int]]:
 
 
 def read_corpus(
-    checkpoint: Path, config: ModelConfig, paths: Sequence[Path], context: int, count: int
+    checkpoint: Checkpoint, texts: Sequence[Path], *, n_ctx: int, n_windows: int
 ) -> Corpus:
-    """At most `count` consecutive windows of `context` tokens from the start of each text.
+    """At most `n_windows` consecutive windows of `n_ctx` tokens from the start of each text.
 
-    Without `paths`, the files of a folder `heldout` in or next to the checkpoint. Raises
+    Without `texts`, the files of a folder `heldout` in or next to the checkpoint. Raises
     MegrezError: no text, one that is not UTF-8 or shorter than a window, no usable tokenizer.
     """
-    paths = list(paths) or _default_texts(checkpoint)
-    vocabulary = read_vocabulary(checkpoint, config.vocab_size)
-    tokenizer = _tokenizer(checkpoint / "tokenizer.json")
+    paths = list(texts) or _default_texts(checkpoint.folder)
+    vocabulary = read_vocabulary(
+        checkpoint.folder,
+        checkpoint.config.vocab_size,
+        model_config=checkpoint.raw_config,
+        generation=checkpoint.generation,
+    )
+    tokenizer = _tokenizer(checkpoint.folder / "tokenizer.json")
     bos = vocabulary.special["bos"] if vocabulary.add_bos else None
     stems = Counter(path.stem for path in paths)
     corpus = Corpus([], [], [], [], [], vocabulary)
@@ -108,18 +113,19 @@ def read_corpus(
         raw = _read(path)
         content = raw.decode("utf-8")
         ids = np.array(tokenizer.encode(content, add_special_tokens=False).ids, dtype=np.int32)
-        if len(ids) < context:
+        if len(ids) < n_ctx:
             raise ConfigError(
-                f"{path}: {len(ids)} tokens, shorter than one window of {context}; "
-                "give a longer text or a smaller --ctx"
+                f"{path}: {len(ids)} tokens, shorter than one window of {n_ctx}; "
+                "give a longer text, or shorter windows",
+                option="n_ctx",
             )
         domain = path.stem if stems[path.stem] == 1 else str(path)
-        whole = len(ids) // context
-        cut = [Window(domain, _window(ids, i * context, context, bos)) for i in range(whole)]
-        corpus.windows.extend(cut[:count])
-        corpus.calibration.extend(cut[count:][-_CALIBRATION:])
+        whole = len(ids) // n_ctx
+        cut = [Window(domain, _window(ids, i * n_ctx, n_ctx, bos)) for i in range(whole)]
+        corpus.windows.extend(cut[:n_windows])
+        corpus.calibration.extend(cut[n_windows:][-_CALIBRATION:])
         digest = hashlib.sha256(raw).hexdigest()
-        corpus.texts.append(Text(domain, str(path), digest, len(ids), min(whole, count)))
+        corpus.texts.append(Text(domain, str(path), digest, len(ids), min(whole, n_windows)))
         corpus.contents.append(content)
         corpus.ids.append(ids)
     return corpus
@@ -142,14 +148,15 @@ def _tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _default_texts(checkpoint: Path) -> list[Path]:
-    folder = checkpoint.resolve()
-    for place in (folder, folder.parent):
+def _default_texts(folder: Path) -> list[Path]:
+    whole = folder.resolve()
+    for place in (whole, whole.parent):
         if found := sorted(place.glob("heldout/*.txt")):
             # As short as a user would write it: reports show the paths.
             return [Path(os.path.relpath(path)) for path in found]
     raise ConfigError(
-        f"{checkpoint}: no heldout/*.txt in it or next to it; name a text with --text FILE"
+        f"{folder}: no heldout/*.txt in it or next to it; name a text",
+        option="texts",
     )
 
 

@@ -80,24 +80,26 @@ def _evaluate(llm: Llama, tokens: Any) -> None:
 def bench(
     path: Path,
     *,
-    prompt: int = 512,
-    tokens: int = 64,
-    warmup: int = 16,
-    repeats: int = 3,
+    n_prompt: int = 512,
+    n_decode: int = 64,
+    n_warmup: int = 16,
+    n_repeats: int = 3,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> BenchResult:
-    """Time the model in the GGUF file `path` on random tokens, `repeats` times.
+    """Time the model in the GGUF file `path` on random tokens, `n_repeats` times.
 
-    Each run evaluates `prompt` tokens at once, then decodes `warmup` tokens that are not timed and
-    `tokens` that are, one by one. `options` go to `load`. Raises as `load` does, and DecodeError.
+    Each run evaluates `n_prompt` tokens at once, then decodes `n_warmup` tokens that are not timed
+    and `n_decode` that are, one by one. `options` go to `load`.
+
+    Raises as `load` does, and DecodeError.
     """
-    n_ctx = max(prompt, warmup + tokens) + 1
+    n_ctx = max(n_prompt, n_warmup + n_decode) + 1
     llm = load(path, n_ctx=n_ctx, say=say, **options)
     with contextlib.closing(llm):
         rng = np.random.default_rng(seed)
-        text = rng.integers(0, llm.n_vocab(), (repeats, 2, n_ctx), dtype=np.int32)
+        text = rng.integers(0, llm.n_vocab(), (n_repeats, 2, n_ctx), dtype=np.int32)
 
         def timed(batches: list[Any]) -> tuple[float, ExpertStats | None]:
             before, start = expert_stats(llm), time.perf_counter()
@@ -108,18 +110,18 @@ def bench(
 
         prefills, decodes = [], []
         for first, second in text:
-            if prompt:
+            if n_prompt:
                 llm.reset()
-                prefills.append(timed([first[:prompt]]))
+                prefills.append(timed([first[:n_prompt]]))
             llm.reset()
-            singles = list(second[: warmup + tokens, None])
-            timed(singles[:warmup])
-            decodes.append(timed(singles[warmup:]))
+            singles = list(second[: n_warmup + n_decode, None])
+            timed(singles[:n_warmup])
+            decodes.append(timed(singles[n_warmup:]))
         stats = expert_stats(llm)
         return BenchResult(
             model=path.name,
-            prompt=_speed(prompt, prefills) if prompt else None,
-            decode=_speed(tokens, decodes),
+            prompt=_speed(n_prompt, prefills) if n_prompt else None,
+            decode=_speed(n_decode, decodes),
             threads=llm.n_threads,
             seed=seed,
             slots=stats.slots if stats else None,

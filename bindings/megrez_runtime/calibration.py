@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization.imatrix import Imatrix, load
 from megrez_gguf.quantization.imatrix import merge as merged
 from megrez_gguf.storage.output import OutputFiles
@@ -35,7 +36,10 @@ _BLOCK = 512
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What `run` has written. `unseen` has the experts no token reached, of every pool's matrix."""
+    """What `calibrate` has written.
+
+    `unseen` counts the experts no token reached, of every pool's matrix.
+    """
 
     path: Path
     chunks: int
@@ -45,14 +49,14 @@ class Collected:
     seconds: float
 
 
-def run(
+def calibrate(
     model: Path | None,
     texts: Sequence[Path],
     out: Path,
     *,
     merge: Sequence[Path] = (),
-    chunks: int | None = None,
-    context: int = 512,
+    n_chunks: int | None = None,
+    n_ctx: int = 512,
     parse_special: bool = False,
     process_output: bool = False,
     force: bool = False,
@@ -61,8 +65,8 @@ def run(
 ) -> Collected:
     """Write the importance matrix of the GGUF file `model` over `texts` to the file `out`.
 
-    Each text is cut as llama-imatrix does it: into chunks of `context` tokens from its start, at
-    most `chunks`; the tail is left out, and BOS, if the file asks for one, takes the place of each
+    Each text is cut as llama-imatrix does it: into chunks of `n_ctx` tokens from its start, at most
+    `n_chunks`; the tail is left out, and BOS, if the file asks for one, takes the place of each
     chunk's first token. Several texts give what merging the matrix of each would. The files `merge`
     are added to it, as if their texts had come first; without texts, to each other, and `model`, if
     there is one, is only what they must be of. `parse_special`, off as in llama-imatrix, reads
@@ -75,21 +79,21 @@ def run(
     `collect` and `imatrix.load` raise.
     """
     start = time.perf_counter()
-    if not (texts or merge) or context < 1 or (chunks is not None and chunks < 1):
+    if not (texts or merge) or n_ctx < 1 or (n_chunks is not None and n_chunks < 1):
         raise ConfigError(
-            f"{len(texts)} texts, {len(merge)} matrices, {chunks} chunks of {context} tokens: "
+            f"{len(texts)} texts, {len(merge)} matrices, {n_chunks} chunks of {n_ctx} tokens: "
             "expected at least 1 text or matrix, and 1 of the others"
         )
     contents = [_read(path) for path in texts]
     # All that can be refused is, before an hour of computing.
     with OutputFiles([out], force, (*([model] if model else ()), *texts, *merge)) as file:
-        parts = _earlier(merge, model, context if texts else None, say)
+        parts = _earlier(merge, model, n_ctx if texts else None, say)
         if texts:
             if model is None:
                 raise ConfigError(f"{texts[0]}: no model to run over it")
             named = list(zip(texts, contents, strict=True))
-            with _Collector(model, context, process_output) as collector:
-                collector.add(_windows(collector, named, chunks, parse_special, say), progress)
+            with _Collector(model, n_ctx, process_output) as collector:
+                collector.add(_windows(collector, named, n_chunks, parse_special, say), progress)
                 names = [os.fsencode(path).decode("utf-8", "replace") for path in texts]
                 parts.append(collector.imatrix(names))
         found = merged(parts)
@@ -108,7 +112,7 @@ def run(
 
 
 def _earlier(
-    paths: Sequence[Path], model: Path | None, context: int | None, say: Say
+    paths: Sequence[Path], model: Path | None, n_ctx: int | None, say: Say
 ) -> list[Imatrix]:
     """The matrices to merge, held against each other, the model, and what else is to come."""
     parts = [load(path) for path in paths]
@@ -119,10 +123,12 @@ def _earlier(
     for part in parts:
         if tensors:
             part.means_for(tensors)
-        if context not in (None, part.chunk_size):
+        if n_ctx not in (None, part.chunk_size):
             raise ConfigError(
                 f"{part.path}: chunks of {part.chunk_size} tokens, and the texts would be cut into "
-                f"chunks of {context}: give --ctx {part.chunk_size}"
+                f"chunks of {n_ctx}",
+                option="n_ctx",
+                value=part.chunk_size,
             )
         say(f"{part.path}: {part.chunk_count} chunks of {part.chunk_size}, merged")
     return parts
@@ -131,7 +137,7 @@ def _earlier(
 def _windows(
     collector: _Collector,
     texts: Iterable[tuple[Path, bytes]],
-    chunks: int | None,
+    n_chunks: int | None,
     parse_special: bool,
     say: Say,
 ) -> list[Tokens]:
@@ -139,25 +145,26 @@ def _windows(
     windows: list[Tokens] = []
     for path, content in texts:
         ids = collector.encode(content, parse_special)
-        cut = collector.cut(ids)[:chunks]
+        cut = collector.cut(ids)[:n_chunks]
         if not cut:
             raise ConfigError(
                 f"{path}: {len(ids)} tokens, and one chunk takes {collector.context}; give a "
-                "longer text or a smaller --ctx"
+                "longer text, or shorter chunks",
+                option="n_ctx",
             )
         say(f"{path}: {len(ids)} tokens, {len(cut)} chunks of {collector.context}")
         windows += cut
     return windows
 
 
-def collect(path: Path, windows: Iterable[Tokens], context: int) -> Imatrix:
-    """Run the GGUF file `path` over `windows`, each of at most `context` tokens.
+def collect(path: Path, windows: Iterable[Tokens], *, n_ctx: int) -> Imatrix:
+    """Run the GGUF file `path` over `windows`, each of at most `n_ctx` tokens.
 
     Matrices outside the layers (embedding, output) are left out, as llama-imatrix does. A pool of
     experts gathers from all layers that use it. Raises what `Engine` raises, and GGUFError when
     activations are not finite.
     """
-    with _Collector(path, context) as collector:
+    with _Collector(path, n_ctx) as collector:
         collector.add(list(windows))
         return collector.imatrix()
 
@@ -170,7 +177,7 @@ class _Collector(Engine):
     """Adds up the squares of what enters each matrix."""
 
     def __init__(self, path: Path, context: int, process_output: bool = False) -> None:
-        super().__init__(path, context)
+        super().__init__(path, context, n_threads=available_cpus())
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
         self._chunks = 0

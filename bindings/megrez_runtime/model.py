@@ -109,7 +109,8 @@ def load(
         if "llama_context" in str(e):
             raise ContextError(
                 f"{path}: no context of {n_ctx} tokens can be made: {reason}. If it is memory "
-                "that lacks, ask for a shorter one (--ctx)"
+                "that lacks, ask for a shorter one",
+                option="n_ctx",
             ) from None
         raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}") from None
     # llama_cpp drops the last byte of a text that just fills its buffer; ours are whole.

@@ -52,6 +52,10 @@ class Sampling:
                     found[field.name] = number
         return cls(**found) if found else cls(temp=0.7, top_p=0.9)
 
+    def changed(self, **fields: float | None) -> Sampling:
+        """This, with the `fields` that are not None in place of its own."""
+        return dataclasses.replace(self, **{k: v for k, v in fields.items() if v is not None})  # type: ignore[arg-type]
+
     def __str__(self) -> str:
         if self.temp == 0:
             return "greedy"
@@ -176,7 +180,8 @@ class Session:
             raise ContextError(
                 f"the message is too long: with template and system prompt it takes {len(ids)} "
                 f"tokens, and the context holds {self.context}, answer included. Shorten it, or "
-                "ask for a longer context (--ctx)"
+                "ask for a longer context",
+                option="n_ctx",
             )
         return turns, ids
 

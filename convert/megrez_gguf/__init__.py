@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megrez_gguf.conversion.pipeline import convert, quantize
+    from megrez_gguf.conversion.convert import convert, quantize
     from megrez_gguf.examination.inspection import inspect
     from megrez_gguf.examination.verification import verify
 
@@ -19,9 +19,9 @@ __all__ = ["convert", "inspect", "quantize", "verify"]
 # No module here may be called after a function below: importing `megrez_gguf.convert` as a module
 # would replace the function of that name.
 _EXPORTS = {
-    "convert": "megrez_gguf.conversion.pipeline",
+    "convert": "megrez_gguf.conversion.convert",
     "inspect": "megrez_gguf.examination.inspection",
-    "quantize": "megrez_gguf.conversion.pipeline",
+    "quantize": "megrez_gguf.conversion.convert",
     "verify": "megrez_gguf.examination.verification",
 }
 

@@ -31,8 +31,9 @@ from gguf.quants import dequantize, quantize
 import megrez_gguf
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
-from megrez_gguf.conversion import layout, pipeline
-from megrez_gguf.conversion.pipeline import ConvertResult
+from megrez_gguf.conversion import layout
+from megrez_gguf.conversion import plan as plans
+from megrez_gguf.conversion.plan import ConvertResult
 from megrez_gguf.errors import CheckpointError, ConfigError, MegrezError, OutputError
 from megrez_gguf.storage import output
 
@@ -248,7 +249,7 @@ def test_golden(make: Make) -> None:
 
 def test_ledger_notices_a_tensor_lost_or_used_twice(checkpoint: Path) -> None:
     source = Checkpoint.open(checkpoint)
-    plan = layout.plan(ModelConfig.from_folder(checkpoint), source)
+    plan = layout.plan(source)
     names = [t.name for target in plan.targets for t in target.sources]
     layout.check_ledger(source, plan, names)
     with pytest.raises(CheckpointError, match=r"consumed 0 times"):
@@ -409,10 +410,10 @@ def test_interrupted(checkpoint: Path, tmp_path: Path, number: int, code: int) -
     script = (
         "import time\n"
         "from megrez_gguf.storage import output\n"
-        "from megrez_gguf.conversion import pipeline\n"
+        "from megrez_gguf.conversion import plan\n"
         "output._BUFFER = 8192\n"
-        "end = pipeline._Writer.end\n"
-        "pipeline._Writer.end = lambda *a: (end(*a), time.sleep(0.05))\n"
+        "end = plan._Writer.end\n"
+        "plan._Writer.end = lambda *a: (end(*a), time.sleep(0.05))\n"
         "from megrez_cli import main\n"
         "main()"
     )
@@ -439,8 +440,8 @@ def test_input_that_changes_meanwhile(
         os.utime(shards(checkpoint)[0], (1, 1))
         return original(*args)
 
-    original = pipeline.header
-    monkeypatch.setattr(pipeline, "header", touch)
+    original = plans.header
+    monkeypatch.setattr(plans, "header", touch)
     with pytest.raises(CheckpointError, match=r"model-00001-of-.*: changed while it was read"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -453,8 +454,8 @@ def test_input_that_shrinks_meanwhile(
         os.truncate(shards(checkpoint)[0], 5000)
         return original(*args)
 
-    original = pipeline.header
-    monkeypatch.setattr(pipeline, "header", shrink)
+    original = plans.header
+    monkeypatch.setattr(plans, "header", shrink)
     with pytest.raises(MegrezError, match="the file ended early"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]

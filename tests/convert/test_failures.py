@@ -20,6 +20,7 @@ import pytest
 from checkpoints import Make, merge, read_all, shards
 
 import megrez_gguf
+from megrez_cli import console
 from megrez_gguf.conversion import stream
 from megrez_gguf.errors import CheckpointError, OutputError
 from megrez_gguf.quantization import encode
@@ -115,7 +116,7 @@ class Place:
 
     def convert(self, level: str, split: bool = False, **options: Any) -> dict[str, bytes]:
         done = megrez_gguf.convert(
-            self.source, self.folder / "x.gguf", level, threads=2,
+            self.source, self.folder / "x.gguf", outtype=level, n_threads=2,
             split_max_size=SPLIT if split else None, **options,
         )  # fmt: skip
         assert (len(done.parts) > 2) == split
@@ -265,8 +266,9 @@ def test_a_part_that_appears_meanwhile_is_kept(place: Place, calls: Calls) -> No
     names = [*place.expect("bf16", split=True)]
     foreign = place.folder / names[1]
     calls.replace(output, {"link": do_at(2, lambda: foreign.write_bytes(b"precious"))})
-    with pytest.raises(OutputError, match="exists; use --force"):
+    with pytest.raises(OutputError, match="exists") as raised:
         place.convert("bf16", split=True)
+    assert console.hint(raised.value) == "; use --force to replace it"
     assert place.content() == {foreign.name: b"precious"}
 
 

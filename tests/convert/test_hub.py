@@ -14,6 +14,7 @@ from checkpoints import Make
 from hub_server import COMMIT, REPOSITORY, HubServer, serve
 
 from megrez_gguf.checkpoint import hub
+from megrez_gguf.errors import SourceError
 from megrez_gguf.format.reader import GGUFFile
 
 # What no repository may make us fetch.
@@ -195,7 +196,7 @@ def test_offline(client: Client, kind: str) -> None:
 def test_without_the_client(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     prefix = {"hub": "hf", "modelscope": "modelscope"}[extra]
-    with pytest.raises(hub.SourceError, match=rf"pip install 'megrez-gguf\[{extra}\]'"):
+    with pytest.raises(SourceError, match=rf"pip install 'megrez-gguf\[{extra}\]'"):
         hub.resolve(f"{prefix}:{REPOSITORY}")
 
 
@@ -211,7 +212,7 @@ def test_without_the_client(module: str, extra: str, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_is_no_id(source: Any, message: str) -> None:
-    with pytest.raises(hub.SourceError, match=message):
+    with pytest.raises(SourceError, match=message):
         hub.resolve(source)
 
 
@@ -222,5 +223,5 @@ def test_a_folder_wins_and_has_no_revision(
     checkpoint.rename(tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
     assert hub.resolve("owner/name").path == Path("owner/name")
-    with pytest.raises(hub.SourceError, match="is on this machine and has no revision"):
-        hub.resolve("owner/name", "v1")
+    with pytest.raises(SourceError, match="is on this machine and has no revision"):
+        hub.resolve("owner/name", revision="v1")

@@ -128,7 +128,7 @@ def test_a_file_that_contradicts_itself(tmp_path: Path) -> None:
 
 def test_foreign_architecture(tmp_path: Path) -> None:
     path = write(tmp_path / "x.gguf", {"general.architecture": "llama"}, {"a": (2,)})
-    with pytest.raises(GGUFError, match=r"general\.architecture is 'llama'; expected 'megrez-moe'"):
+    with pytest.raises(GGUFError, match=r"general\.architecture is 'llama', not 'megrez-moe'"):
         megrez_gguf.inspect(path)
 
 

@@ -19,7 +19,8 @@ from checkpoints import TINY, Entry, Make, cli, merge
 
 import megrez_gguf
 from make_checkpoint import make_checkpoint
-from megrez_gguf.conversion.pipeline import Conversion, Fallback, plan_convert
+from megrez_gguf.conversion.convert import plan_convert
+from megrez_gguf.conversion.plan import Conversion, Fallback
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import levels
 from megrez_gguf.quantization.imatrix import Imatrix
@@ -74,7 +75,7 @@ class Model:
     weights: Imatrix
 
     def plan(self, level: str, weighted: bool = False) -> Conversion:
-        return plan_convert(self.folder, None, level, self.weights if weighted else None)
+        return plan_convert(self.folder, outtype=level, imatrix=self.weights if weighted else None)
 
     def types(self, level: str, weighted: bool = False) -> dict[str, str]:
         return {item.name: item.encoding.name for item in self.plan(level, weighted).items}
@@ -162,8 +163,8 @@ def test_equals_llama_quantize(
         theirs = content(by_llama_cpp(model.source, folder / "theirs.gguf", level, weights))
         said = fallbacks_in(lines())
     options: dict[str, Any] = {"force": True, "imatrix": weights}
-    ours = megrez_gguf.convert(model.folder, folder / "ours.gguf", level, **options)
-    again = megrez_gguf.quantize(model.source, folder / "again.gguf", level, **options)
+    ours = megrez_gguf.convert(model.folder, folder / "ours.gguf", outtype=level, **options)
+    again = megrez_gguf.quantize(model.source, folder / "again.gguf", outtype=level, **options)
     for done in (ours, again):
         assert content(done.path) == theirs
         assert fallbacks_of(done.fallbacks) == said
@@ -224,7 +225,7 @@ def kinds_of(types: dict[str, str]) -> dict[str, set[str]]:
 
 def test_split(make: Make, tmp_path: Path) -> None:
     folder = make(**WIDE)
-    whole = megrez_gguf.convert(folder, tmp_path / "whole.gguf", "q8_0")
+    whole = megrez_gguf.convert(folder, tmp_path / "whole.gguf", outtype="q8_0")
     result = cli(
         "convert", folder, "-o", tmp_path / "x.gguf", "--outtype", "q8_0", "--split-max-size", "2M"
     )
@@ -261,7 +262,7 @@ def test_recipe(make: Make, tmp_path: Path) -> None:
 def test_recorded_hashes(make: Make, tmp_path: Path) -> None:
     import hashlib
 
-    path = megrez_gguf.convert(make(**WIDE), tmp_path / "x.gguf", "q4_k_m").path
+    path = megrez_gguf.convert(make(**WIDE), tmp_path / "x.gguf", outtype="q4_k_m").path
     expected = [f"{n} {t} {hashlib.sha256(d).hexdigest()}" for n, (t, d) in content(path).items()]
     assert GGUFFile.open(path).values["megrez-gguf.sha256"] == expected
 
@@ -296,9 +297,9 @@ def test_killed(make: Make, tmp_path: Path) -> None:
     out.mkdir()
     code = (
         "import time\n"
-        "from megrez_gguf.conversion import pipeline\n"
-        "end = pipeline._Writer.end\n"
-        "pipeline._Writer.end = lambda *a: (end(*a), print(flush=True), time.sleep(60))\n"
+        "from megrez_gguf.conversion import plan\n"
+        "end = plan._Writer.end\n"
+        "plan._Writer.end = lambda *a: (end(*a), print(flush=True), time.sleep(60))\n"
         "from megrez_cli import main\n"
         "main()"
     )

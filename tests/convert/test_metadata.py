@@ -12,7 +12,7 @@ from checkpoints import TINY
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megrez_gguf.checkpoint import hub
+from megrez_gguf.checkpoint import location
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.conversion import metadata
 
@@ -149,7 +149,7 @@ def test_yarn_is_what_transformers_computes(extra: dict[str, Any]) -> None:
 
 
 def general(folder: Path, raw: dict[str, Any] | None = None) -> dict[str, Any]:
-    return metadata.general(hub.origin(folder), config(), raw or {}, 7_500_000_000)
+    return metadata.general(config(), raw or {}, location.origin(folder), 7_500_000_000)
 
 
 def test_name_and_size_from_the_folder(tmp_path: Path) -> None:

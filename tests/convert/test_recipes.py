@@ -10,7 +10,7 @@ import pytest
 from checkpoints import TINY, Make, cli
 
 from make_checkpoint import FULL, make_checkpoint
-from megrez_gguf.conversion.pipeline import plan_convert
+from megrez_gguf.conversion.convert import plan_convert
 from megrez_gguf.errors import ConfigError
 from megrez_gguf.quantization import recipe
 

@@ -36,7 +36,7 @@ def flip(path: Path, position: int) -> None:
 @pytest.mark.parametrize("level", ["bf16", "f32", "f16", "q8_0", "q4_k_m"])
 def test_sound(make: Make, tmp_path: Path, level: str) -> None:
     folder = make(**WIDE)
-    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", level).path
+    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", outtype=level).path
     result = verify(path, folder)
     assert result.failures == ()
     assert result.hashed == result.compared == result.tensors == len(GGUFFile.open(path).tensors)
@@ -58,7 +58,7 @@ def test_split(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("level", ["bf16", "q4_k_m"])
 def test_damage(make: Make, tmp_path: Path, level: str) -> None:
     folder = make(**WIDE)
-    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", level).path
+    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", outtype=level).path
     hit = tensor(path, "blk.2.ffn_up_exps.weight")
     # In expert 1, row 3.
     row = hit.nbytes // (4 * 96)
@@ -75,7 +75,7 @@ def test_damage(make: Make, tmp_path: Path, level: str) -> None:
 
 def test_other_weights(make: Make, tmp_path: Path) -> None:
     folder = make(**WIDE)
-    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", "q8_0").path
+    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", outtype="q8_0").path
     name = "model.layers.3.mlp.shared_experts.up_proj.weight"
 
     def change(tensors: dict[str, Any]) -> None:
@@ -114,14 +114,14 @@ def test_importance(make: Make, tmp_path: Path) -> None:
         Imatrix(sums, counts),
         Imatrix({n: s[:, ::-1] for n, s in sums.items()}, counts),
     )
-    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", "q4_k_m", imatrix=weights).path
-    assert verify(path, folder, weights).failures == ()
-    assert all("another importance" in f for f in verify(path, folder, other).failures)
-    assert len(verify(path, folder, other).failures) > 10
+    path = megrez_gguf.convert(folder, tmp_path / "x.gguf", outtype="q4_k_m", imatrix=weights).path
+    assert verify(path, folder, imatrix=weights).failures == ()
+    assert all("another importance" in f for f in verify(path, folder, imatrix=other).failures)
+    assert len(verify(path, folder, imatrix=other).failures) > 10
     with pytest.raises(ConfigError, match="made with an importance matrix"):
         verify(path, folder)
     with pytest.raises(ConfigError, match="made without an importance matrix"):
-        verify(plain.path, folder, weights)
+        verify(plain.path, folder, imatrix=weights)
 
 
 def test_a_record_that_another_program_copied(make: Make, tmp_path: Path) -> None:

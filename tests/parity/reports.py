@@ -12,8 +12,8 @@ from megrez_parity.results import (
     LayerRouting,
     LevelResult,
     Metrics,
+    ParityReport,
     ReferenceRun,
-    Report,
     Text,
     Trace,
     TracePoint,
@@ -152,8 +152,8 @@ def level(
 
 def report(
     names: Sequence[str] = tuple(LEVELS), layers: int = 31, traced: Sequence[str] = ()
-) -> Report:
-    return Report(
+) -> ParityReport:
+    return ParityReport(
         checkpoint="models/Megrez2-3x7B-A3B",
         context=512,
         texts=[Text(d, f"heldout/{d}.txt", "ab" * 32, 2100, 4) for d in DOMAINS],

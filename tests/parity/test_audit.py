@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from traces import model
 
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_parity.audit import audit
 from megrez_parity.results import Audit
 
@@ -29,7 +30,7 @@ CALM = {
 
 def audited(config: ModelConfig, folder: Path, maxima: dict[tuple[str, int], float]) -> Audit:
     reference: Any = SimpleNamespace(maxima=maxima)
-    return audit(config, folder, reference)
+    return audit(Checkpoint.open(folder), reference)
 
 
 def edit(folder: Path, name: str, values: list[float]) -> None:
@@ -123,9 +124,13 @@ def test_weights_are_lost(tmp_path: Path) -> None:
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
-    config, folder, _ = model({}, tmp_path)
+    _, folder, _ = model({}, tmp_path)
     calls: list[tuple[int, int]] = []
     reference: Any = SimpleNamespace(maxima=CALM)
-    audit(config, folder, reference, lambda done, total: calls.append((done, total)))
+    audit(
+        Checkpoint.open(folder),
+        reference,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls[-1][0] == calls[-1][1] > 0
     assert calls == sorted(calls)

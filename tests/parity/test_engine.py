@@ -163,7 +163,7 @@ def test_looking_changes_no_bit(
 ) -> None:
     path = pocket
     if kind != "f32":
-        quantize(pocket, path := tmp_path / "x.gguf", kind)
+        quantize(pocket, path := tmp_path / "x.gguf", outtype=kind)
 
     class Blind(Engine):
         def _context_params(self) -> Any:

@@ -139,19 +139,19 @@ def test_large_checkpoints_keep_their_reference(
     opened: list[Path] = []
     original = Engine.__init__
 
-    def watched(self: Engine, path: Path, context: int) -> None:
+    def watched(self: Engine, path: Path, context: int, **options: Any) -> None:
         opened.append(path)
-        original(self, path, context)
+        original(self, path, context, **options)
 
     monkeypatch.setattr(Engine, "__init__", watched)
     for cached in (False, True):
-        report = measure(checkpoint, ["f32"], context=64, windows=1)
+        report = measure(checkpoint, levels=["f32"], n_ctx=64, n_windows=1)
         assert report.reference.cached == cached
         # Not where memory may be the disk.
         assert opened[-1].parents[1] == tmp_path / "cache/megrez-gguf/parity"
         assert not opened[-1].parent.exists()
         assert Path(report.reference.cache).parent == tmp_path / "cache/megrez-gguf/parity"
-    other = measure(checkpoint, ["f32"], context=32, windows=1)
+    other = measure(checkpoint, levels=["f32"], n_ctx=32, n_windows=1)
     assert other.reference.cache != report.reference.cache
 
 
@@ -417,4 +417,4 @@ def test_a_file_that_is_no_gguf(
 def test_without_llama_cpp(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
     with pytest.raises(RuntimeUnavailableError, match="bindings/llama-cpp-python"):
-        measure(checkpoint, ["f32"])
+        measure(checkpoint, levels=["f32"])

@@ -20,11 +20,11 @@ from megrez_gguf import convert, quantize
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.reader import GGUFFile
-from megrez_gguf.quantization.imatrix import merge
+from megrez_gguf.quantization.imatrix import Imatrix, load, merge
 from megrez_llama.engine import Engine
 from megrez_parity.level_files import level_of
 from megrez_parity.reference import CheckpointWeights, forward
-from megrez_runtime.calibration import Imatrix, collect, load
+from megrez_runtime.calibration import collect
 
 DATA = Path(__file__).parents[1] / "data"
 POCKET = DATA / "pocket"
@@ -49,7 +49,7 @@ def windows(exact: Path) -> list[NDArray[np.int32]]:
 
 @pytest.fixture(scope="module")
 def collected(exact: Path, windows: list[NDArray[np.int32]]) -> Imatrix:
-    return collect(exact, windows, CONTEXT)
+    return collect(exact, windows, n_ctx=CONTEXT)
 
 
 def expected_by_torch(windows: list[NDArray[np.int32]]) -> Iterator[tuple[str, Any, Any]]:
@@ -120,7 +120,7 @@ def test_a_pool_adds_up_all_layers_that_share_it(exact: Path) -> None:
                 sums["down"][expert] += leaving[place]
     assert counts.sum() == len(layers) * 4 * 2048
     assert np.bincount(nodes["ffn_moe_topk", 1].ravel()).max() > 512
-    found = collect(exact, [tokens], 2048)
+    found = collect(exact, [tokens], n_ctx=2048)
     for name, expected in sums.items():
         name = f"blk.1.ffn_{name}_exps.weight"
         np.testing.assert_array_equal(found.counts[name], counts)
@@ -136,7 +136,7 @@ def test_rescaled_activations_count_as_they_were(
     """Before the patches divide what enters these down projections by its size."""
     path = convert(POCKET, tmp_path / "rescaled.gguf", outtype=level).path
     tensors = {t.name: t.dtype for t in GGUFFile.open(path).tensors}
-    found = collect(path, windows, CONTEXT)
+    found = collect(path, windows, n_ctx=CONTEXT)
     for name in ("blk.0.ffn_down", "blk.4.ffn_down_exps", "blk.6.ffn_down_shexp"):
         assert tensors[f"{name}.weight"] == level.upper()
         total, expected = (i.sums[f"{name}.weight"].sum() for i in (found, collected))
@@ -153,7 +153,7 @@ def test_has_every_matrix_of_the_layers(collected: Imatrix, exact: Path) -> None
 def test_experts_no_token_reached_are_neutral(
     exact: Path, windows: list[NDArray[np.int32]]
 ) -> None:
-    few = collect(exact, [windows[0][:2]], CONTEXT)
+    few = collect(exact, [windows[0][:2]], n_ctx=CONTEXT)
     counts = few.counts["blk.1.ffn_down_exps.weight"]
     means = few.means["blk.1.ffn_down_exps.weight"]
     assert counts.sum() == 3 * 4 * 2
@@ -172,7 +172,7 @@ def test_activations_that_are_not_finite(
     (tmp_path / "inf.gguf").write_bytes(raw)
     expected = r"inf\.gguf: activations entering blk\.3\.attn_q\.weight are not finite"
     with pytest.raises(GGUFError, match=expected):
-        collect(tmp_path / "inf.gguf", windows, CONTEXT)
+        collect(tmp_path / "inf.gguf", windows, n_ctx=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_llama_imatrix_reads_ours(ours: Path, collected: Imatrix, tmp_path: Path
 def few(exact: Path, windows: list[NDArray[np.int32]], tmp_path: Path) -> Path:
     """A matrix with experts that no token reached."""
     path = tmp_path / "few.gguf"
-    collect(exact, [windows[0][:2]], CONTEXT).save(path)
+    collect(exact, [windows[0][:2]], n_ctx=CONTEXT).save(path)
     return path
 
 
@@ -280,7 +280,7 @@ def test_quantizes_like_llama_quantize(
     matrix = {"native": native, "ours": ours, "old": tmp_path / "old.dat"}[whose]
     if whose == "old":
         by_llama_imatrix(matrix, native, form="dat")
-    quantize(exact, tmp_path / "ours.gguf", kind, imatrix=load(matrix))
+    quantize(exact, tmp_path / "ours.gguf", outtype=kind, imatrix=load(matrix))
     run_native("llama-quantize", "--imatrix", matrix, exact, tmp_path / "theirs.gguf", kind, 2)
     ours_, theirs = (GGUFFile.open(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
     # llama-quantize sorts them by layer.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from make_checkpoint import POCKET as RANDOM
 from make_checkpoint import make_checkpoint
 from megrez_gguf import convert, quantize
-from megrez_gguf.conversion.pipeline import Fallback
+from megrez_gguf.conversion.plan import Fallback
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import imatrix, types
@@ -87,7 +87,7 @@ def test_default_levels(
         assert fallen.keys() == (misfits(made.path) if level in K_LEVELS else set())
         for name, fallback in fallen.items():
             tensor = tensors[name]
-            assert tensor.type == fallback.got.upper()
+            assert tensor.dtype == fallback.got.upper()
             assert tensor.nbytes == fallback.nbytes
             wanted = math.prod(tensor.shape) / 256 * BLOCKS[fallback.wanted.upper()]
             assert fallback.extra_bytes == fallback.nbytes - wanted > 0
@@ -219,7 +219,7 @@ def test_an_importance_matrix_from_a_file_is_taken(
 def test_an_importance_matrix_of_another_model(
     fault: str, source: Path, windows: list[NDArray[np.int32]], tmp_path: Path
 ) -> None:
-    collected = collect(source, windows[:1], CONTEXT)
+    collected = collect(source, windows[:1], n_ctx=CONTEXT)
     sums, name = dict(collected.sums), "blk.4.ffn_down_exps.weight"
     total = sums.pop(name)
     found = {"columns": total[:, 1:], "experts": total[:8]}
@@ -233,7 +233,7 @@ def test_an_importance_matrix_of_another_model(
     counts = {n: collected.counts[n][: len(total)] for n, total in sums.items()}
     weights = Imatrix(sums, counts)
     with pytest.raises(ConfigError, match=f"of another model: {expected}"):
-        quantize(source, tmp_path / "x.gguf", "q4_0", imatrix=weights)
+        quantize(source, tmp_path / "x.gguf", outtype="q4_0", imatrix=weights)
     assert not list(tmp_path.iterdir())
 
 
@@ -252,14 +252,14 @@ def test_a_log_that_is_not_understood(
 ) -> None:
     monkeypatch.setattr(types, name, re.compile(pattern))
     with pytest.raises(OutputError, match="does not report the types it chose as expected"):
-        quantize(source, tmp_path / "x.gguf", "q4_k_m")
+        quantize(source, tmp_path / "x.gguf", outtype="q4_k_m")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_quantizer_leaves_nothing(source: Path, tmp_path: Path) -> None:
     bad = with_value(source, tmp_path / "bad.gguf", "megrez-moe.expert_used_count", 99)
     with pytest.raises(OutputError, match=r"llama.cpp cannot quantize this model to q4_0: "):
-        quantize(bad, tmp_path / "out.gguf", "q4_0")
+        quantize(bad, tmp_path / "out.gguf", outtype="q4_0")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
 
 
@@ -307,7 +307,7 @@ def test_the_levels_are_those_llama_cpp_can_make(
     source: Path, tmp_path: Path, windows: list[NDArray[np.int32]]
 ) -> None:
     """All its file types, with and without an importance matrix: known, or refused, or the same."""
-    weights = collect(source, windows, CONTEXT).means
+    weights = collect(source, windows, n_ctx=CONTEXT).means
     prefix = "LLAMA_FTYPE_MOSTLY_"
     names = [name for name in vars(llama_cpp) if name.startswith(prefix)]
     assert len(names) > 30

@@ -39,7 +39,7 @@ def test_bit_identical(level: str, maker: Maker, windows: list[NDArray[np.int32]
         with Engine(made.path, CONTEXT) as engine:
             expected = engine.run(windows[0], CONTEXT // 2, NODES)
         for slots in SLOTS:
-            with Engine(made.path, CONTEXT, slots * slot) as engine:
+            with Engine(made.path, CONTEXT, expert_cache=slots * slot) as engine:
                 for _ in range(2):  # with an empty store, and with one that is full
                     found = engine.run(windows[0], CONTEXT // 2, NODES)
                     np.testing.assert_array_equal(found.logits, expected.logits)

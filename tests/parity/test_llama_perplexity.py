@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megrez_gguf import convert, quantize
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_llama.engine import Engine
 from megrez_parity.metrics import Comparison
 from megrez_parity.reference import CheckpointWeights, forward
@@ -63,7 +64,7 @@ class Base:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     config = ModelConfig.from_folder(POCKET)
-    windows = read_corpus(POCKET, config, [], CONTEXT, WINDOWS).windows
+    windows = read_corpus(Checkpoint.open(POCKET), [], n_ctx=CONTEXT, n_windows=WINDOWS).windows
     weights = dict(CheckpointWeights(POCKET, torch.float64))
     logits = []
     with torch.no_grad():
@@ -103,7 +104,7 @@ def both(
     folder = tmp_path_factory.mktemp("level")
     source, model = folder / "source.gguf", folder / f"{request.param}.gguf"
     convert(POCKET, source, outtype="f32")
-    quantize(source, model, request.param)
+    quantize(source, model, outtype=request.param)
     comparison = Comparison()
     with Engine(model, CONTEXT) as engine:
         for window, logits in zip(base.windows, base.logits, strict=True):

@@ -24,7 +24,7 @@ from megrez_parity.report import prepare, print_table, schema, write
 from megrez_parity.report.html import render as page
 from megrez_parity.report.markdown import render as markdown
 from megrez_parity.report.words import family, interval, labels, number
-from megrez_parity.results import Figure, Report
+from megrez_parity.results import Figure, ParityReport
 
 HOSTILE = "/models/<script>alert(1)</script>\"'&|`*/魔改 </style>\x1b[31m\udce9.gguf"
 CHROMIUM = next(
@@ -33,7 +33,7 @@ CHROMIUM = next(
 )
 
 
-def validate(report: Report) -> None:
+def validate(report: ParityReport) -> None:
     jsonschema.Draft202012Validator(schema()).validate(json.loads(json.dumps(report.as_dict())))
 
 
@@ -49,7 +49,7 @@ def broken(value: Any) -> Any:
     return math.nan if isinstance(value, float) else value
 
 
-def odd_reports() -> dict[str, Report]:
+def odd_reports() -> dict[str, ParityReport]:
     one = reports.report(["q4_0"], layers=4)
     lost = broken(one.levels[0])
     # Thresholds and times are never NaN.
@@ -405,7 +405,7 @@ def brightness(color: str) -> float:
     return sum(map(int, re.findall(r"\d+", color)[:3])) / 3 / 255
 
 
-def browse(report: Report, folder: Path, width: int, dark: bool) -> dict[str, Any]:
+def browse(report: ParityReport, folder: Path, width: int, dark: bool) -> dict[str, Any]:
     if CHROMIUM is None:
         pytest.skip("no chromium, chromium-browser, google-chrome or chrome to be found")
     write(report, folder)

@@ -11,7 +11,7 @@ import pytest
 
 import search_recipes as search
 from make_checkpoint import SMALL, make_checkpoint
-from megrez_gguf.conversion.pipeline import convert
+from megrez_gguf.conversion.convert import convert
 from megrez_gguf.quantization import recipe
 from search_recipes import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
 
@@ -59,7 +59,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     mix = ("q4_K", "q8_0", "iq4_xs", *("q5_0",) * (len(roles) - 3))
     done = convert(POCKET, tmp_path / "x.gguf", recipe=search.recipe("x", "q4_k_m", roles, mix))
     assert 0 <= done.nbytes - sizes.whole(mix) < 1024
-    assert sizes.level("q4_k_m") == convert(POCKET, tmp_path / "y.gguf", "q4_k_m").nbytes
+    assert sizes.level("q4_k_m") == convert(POCKET, tmp_path / "y.gguf", outtype="q4_k_m").nbytes
 
 
 def test_a_role_the_model_lacks_is_left_out(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import ConfigError
 from megrez_parity import tracing
 from megrez_parity.level_files import LEVELS
@@ -16,7 +17,7 @@ POCKET = Path(__file__).parents[1] / "data" / "pocket"
 
 def test_the_committed_ones_are_the_pockets() -> None:
     bounds = Thresholds.load()
-    assert bounds.weights_sha256 == checkpoint_sha256(POCKET)
+    assert bounds.weights_sha256 == checkpoint_sha256(Checkpoint.open(POCKET))
     assert list(bounds.figures) == list(LEVELS)
     assert bounds.local_nmse.keys() == bounds.figures.keys()
     for level in LEVELS:

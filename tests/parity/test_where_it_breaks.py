@@ -19,6 +19,7 @@ from traces import LENGTH, VARIANTS, WINDOWS, model
 
 from megrez_gguf import convert, quantize
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_llama.engine import Engine
 from megrez_parity import routing, tracing
 from megrez_parity.audit import audit
@@ -101,7 +102,7 @@ def test_quantizing_turns_ties_round(level: str, agree: float, pocket: Pocket) -
     source = pocket.folder / "source.gguf"
     if not source.exists():
         convert(POCKET, source, outtype="bf16")
-    quantize(source, pocket.folder / "quantized.gguf", level, force=True)
+    quantize(source, pocket.folder / "quantized.gguf", outtype=level, force=True)
     layers, beyond = pocket.judge(pocket.folder / "quantized.gguf", F32)
     assert all(agree < x.identical.value < 0.95 for x in layers)
     assert not any(x.unfaithful for x in layers)  # routers stay F32
@@ -131,7 +132,7 @@ def test_other_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     found = tracing.trace(config, checkpoint, WINDOWS, {"it": kept}, {"it": F32})["it"]
     assert found.first_beyond is None
     assert len(found.points) > 5 * config.num_hidden_layers
-    assert "F16 holds this model" in audit(config, checkpoint, reference).verdict
+    assert "F16 holds this model" in audit(Checkpoint.open(checkpoint), reference).verdict
 
 
 def exchange_routers(raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -181,6 +182,6 @@ def test_a_harmed_model(
 
 
 def test_the_pocket_model_fits_f16(pocket: Pocket) -> None:
-    found = audit(CONFIG, POCKET, pocket.reference)
+    found = audit(Checkpoint.open(POCKET), pocket.reference)
     assert found.verdict.startswith("F16 holds this model: ")
     assert max(a.max_abs for a in found.activations) < 1000

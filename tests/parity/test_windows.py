@@ -9,8 +9,10 @@ import pytest
 
 from make_checkpoint import POCKET as CONFIG
 from make_checkpoint import make_checkpoint
+from megrez_cli import console
 from megrez_gguf import convert
-from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.location import Location
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import ConfigError, TokenizerError
 from megrez_llama.engine import Engine
 from megrez_parity.windows import Corpus, read_corpus
@@ -20,8 +22,8 @@ POCKET = DATA / "pocket"
 TEXTS = sorted((DATA / "heldout").glob("*.txt"))
 
 
-def corpus(context: int = 64, count: int = 3) -> Corpus:
-    return read_corpus(POCKET, ModelConfig.from_folder(POCKET), TEXTS, context, count)
+def corpus() -> Corpus:
+    return read_corpus(Checkpoint.open(POCKET), TEXTS, n_ctx=64, n_windows=3)
 
 
 def test_windows_are_consecutive_from_the_start_of_each_text() -> None:
@@ -42,7 +44,7 @@ def test_calibration_never_sees_what_is_scored() -> None:
         last = len(ids) // 64
         assert np.concatenate(mine).tolist() == ids[(last - 8) * 64 : last * 64].tolist()
         assert (last - 8) * 64 >= 3 * 64
-    (text,) = read_corpus(POCKET, ModelConfig.from_folder(POCKET), TEXTS[:1], 64, 10**6).texts
+    (text,) = read_corpus(Checkpoint.open(POCKET), TEXTS[:1], n_ctx=64, n_windows=10**6).texts
     assert text.windows == text.tokens // 64
 
 
@@ -51,7 +53,7 @@ def test_texts_of_one_name_stay_apart(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "en.txt").write_text("word " * 100, encoding="utf-8")
     paths = [tmp_path / "a" / "en.txt", tmp_path / "b" / "en.txt"]
-    found = read_corpus(POCKET, ModelConfig.from_folder(POCKET), paths, 16, 1)
+    found = read_corpus(Checkpoint.open(POCKET), paths, n_ctx=16, n_windows=1)
     assert [text.domain for text in found.texts] == [str(path) for path in paths]
 
 
@@ -81,8 +83,7 @@ def test_a_bos_takes_the_first_place(tmp_path: Path) -> None:
     settings = tmp_path / "c" / "tokenizer_config.json"
     raw = json.loads(settings.read_text("utf-8"))
     settings.write_text(json.dumps(raw | {"bos_token": name}), encoding="utf-8")
-    config = ModelConfig.from_folder(tmp_path / "c")
-    found = read_corpus(tmp_path / "c", config, TEXTS[:1], 16, 2)
+    found = read_corpus(Checkpoint.open(tmp_path / "c"), TEXTS[:1], n_ctx=16, n_windows=2)
     assert found.bos == bos["id"]
     assert [w.tokens[0] for w in found.windows] == [found.bos] * 2
     assert found.windows[1].tokens[1:].tolist() == found.ids[0][17:32].tolist()
@@ -102,16 +103,18 @@ def test_agreement_counts_tokens_at_their_places() -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    config = ModelConfig.from_folder(POCKET)
+    pocket = Checkpoint.open(POCKET)
+    elsewhere = replace(pocket, place=Location(tmp_path))
     with pytest.raises(ConfigError, match="shorter than one window of 100000"):
-        read_corpus(POCKET, config, TEXTS, 100_000, 1)
+        read_corpus(pocket, TEXTS, n_ctx=100_000, n_windows=1)
     with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
-        read_corpus(POCKET, config, [tmp_path / "nowhere.txt"], 16, 1)
+        read_corpus(pocket, [tmp_path / "nowhere.txt"], n_ctx=16, n_windows=1)
     latin = tmp_path / "latin1.txt"
     latin.write_bytes(b"caf\xe9" * 500)
     with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
-        read_corpus(POCKET, config, [latin], 16, 1)
+        read_corpus(pocket, [latin], n_ctx=16, n_windows=1)
     with pytest.raises(TokenizerError):
-        read_corpus(tmp_path, config, TEXTS, 16, 1)
-    with pytest.raises(ConfigError, match="name a text with --text FILE"):
-        read_corpus(tmp_path, config, [], 16, 1)
+        read_corpus(elsewhere, TEXTS, n_ctx=16, n_windows=1)
+    with pytest.raises(ConfigError, match="name a text") as raised:
+        read_corpus(elsewhere, [], n_ctx=16, n_windows=1)
+    assert console.hint(raised.value) == " (--text FILE)"

@@ -255,7 +255,7 @@ def test_a_decode_that_cannot_read_fails(pocket: Path, tmp_path: Path) -> None:
     thread.start()
     try:
         with pytest.raises(DecodeError, match="the model's file has changed since it was loaded"):
-            bench(copy, prompt=0, tokens=200, expert_cache=4 * needs_of(copy).slot)
+            bench(copy, n_prompt=0, n_decode=200, expert_cache=4 * needs_of(copy).slot)
     finally:
         stop.set()
         thread.join()

@@ -11,7 +11,7 @@ from typing import Any
 
 from megrez_gguf.errors import OutputError, RuntimeUnavailableError
 from megrez_parity.report.table import print_table
-from megrez_parity.results import Report
+from megrez_parity.results import ParityReport
 
 __all__ = ["prepare", "print_table", "schema", "write"]
 
@@ -35,7 +35,7 @@ def prepare(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
-def write(report: Report, folder: Path) -> list[Path]:
+def write(report: ParityReport, folder: Path) -> list[Path]:
     """Write report.html, report.json and report.md into `folder`, each whole or not at all.
 
     The folder is created, files of those names in it are replaced. Raises as `prepare`.

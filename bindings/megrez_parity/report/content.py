@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from megrez_parity.report.words import NONE, labels
-from megrez_parity.results import LevelResult, Report
+from megrez_parity.results import LevelResult, ParityReport
 
 
 class Bad(str):
@@ -38,7 +38,7 @@ class Section:
 
 def by_layer(
     caption: str,
-    report: Report,
+    report: ParityReport,
     layers: Iterable[int],
     cells: Callable[[LevelResult], dict[int, str]],
 ) -> Table:

@@ -27,13 +27,13 @@ from megrez_parity.report.drawing import (
 )
 from megrez_parity.report.layers import depth_names
 from megrez_parity.report.words import NONE, labels, number, percent
-from megrez_parity.results import LevelResult, Report
+from megrez_parity.results import LevelResult, ParityReport
 
 # Widths of the bars that hold the middle 98%, 80% and 50% of positions.
 _BANDS = (("98%", 1, 99, 3), ("80%", 10, 90, 8), ("50%", 25, 75, 15))
 
 
-def figures(report: Report) -> dict[str, go.Figure]:
+def figures(report: ParityReport) -> dict[str, go.Figure]:
     """Figures by the name of the section they belong to; none for what was not measured."""
     looks = styles(report.levels)
     found = {
@@ -50,7 +50,7 @@ def figures(report: Report) -> dict[str, go.Figure]:
     return found
 
 
-def frontier(report: Report, looks: Sequence[Style]) -> go.Figure:
+def frontier(report: ParityReport, looks: Sequence[Style]) -> go.Figure:
     """File size against mean KLD, both logarithmic, and the line no file lies below."""
     known = [
         (result.file_bytes / 2**20, result.metrics.mean_kld, result, style)
@@ -104,7 +104,7 @@ def frontier(report: Report, looks: Sequence[Style]) -> go.Figure:
     return figure
 
 
-def distribution(report: Report) -> go.Figure:
+def distribution(report: ParityReport) -> go.Figure:
     """A row a level: the middle halves of its positions' KLD, median, mean and worst."""
     rows = [
         (label, result)
@@ -159,7 +159,7 @@ def distribution(report: Report) -> go.Figure:
     return figure
 
 
-def routing(report: Report) -> go.Figure:
+def routing(report: ParityReport) -> go.Figure:
     """Layers x levels: the share of tokens with the same experts, or of experts in common."""
     names = labels(report.levels)
     layers = sorted({x.layer for result in report.levels for x in result.routing})
@@ -245,7 +245,7 @@ def routing(report: Report) -> go.Figure:
     return figure
 
 
-def pregate(report: Report, looks: Sequence[Style]) -> go.Figure:
+def pregate(report: ParityReport, looks: Sequence[Style]) -> go.Figure:
     """Error of what the router reads; and that over the error of its own layer's state."""
     figure = pair(x="layer", above="NMSE of the input", below="ratio to the own state's")
     inputs: list[float] = []
@@ -271,7 +271,7 @@ def pregate(report: Report, looks: Sequence[Style]) -> go.Figure:
     return figure
 
 
-def depth(report: Report, looks: Sequence[Style]) -> go.Figure:
+def depth(report: ParityReport, looks: Sequence[Style]) -> go.Figure:
     """NMSE of the hidden states by layer, a line a level."""
     names = depth_names(report)[:2]
     figure = pair(x="layer", above=f"NMSE of {names[0]}", below=f"NMSE of {names[-1]}")
@@ -289,7 +289,7 @@ def depth(report: Report, looks: Sequence[Style]) -> go.Figure:
     return figure
 
 
-def trace(report: Report) -> go.Figure:
+def trace(report: ParityReport) -> go.Figure:
     """Total and local error of every tensor in the order of computing, one level at a time."""
     figure = blank(460, x="layer", y="NMSE")
     ticks: dict[int, int] = {}

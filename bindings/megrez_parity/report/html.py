@@ -16,7 +16,7 @@ from megrez_parity.report.drawing import Style, styles
 from megrez_parity.report.figures import figures
 from megrez_parity.report.sections import sections, title, verdict_line
 from megrez_parity.report.words import labels
-from megrez_parity.results import Report
+from megrez_parity.results import ParityReport
 
 # Even a defect of the page could not reach the network.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -43,7 +43,7 @@ _SHAPES = {
 }
 
 
-def render(report: Report) -> str:
+def render(report: ParityReport) -> str:
     """The page, with figures that follow the reader's light or dark setting."""
     found = sections(report)
     drawn = figures(report)
@@ -85,7 +85,7 @@ def render(report: Report) -> str:
 
 
 def _section(
-    report: Report, section: Section, drawn: go.Figure | None, names: Sequence[Style]
+    report: ParityReport, section: Section, drawn: go.Figure | None, names: Sequence[Style]
 ) -> str:
     parts = [f'<section id="{section.name}" aria-labelledby="{section.name}-title">']
     parts.append(f'<h2 id="{section.name}-title">{escape(section.title)}</h2>')
@@ -102,7 +102,9 @@ def _section(
     return "\n".join([*parts, "</section>"])
 
 
-def _figure(report: Report, name: str, drawn: go.Figure, names: Sequence[Style]) -> Iterator[str]:
+def _figure(
+    report: ParityReport, name: str, drawn: go.Figure, names: Sequence[Style]
+) -> Iterator[str]:
     yield f'<div class="figure" id="figure-{name}">'
     choices: list[tuple[str, str]] = []
     chosen = ""

@@ -16,7 +16,7 @@ from megrez_parity.report.words import (
     percent_interval,
     verdict,
 )
-from megrez_parity.results import FLOORS, Figure, LevelResult, Metrics, Report
+from megrez_parity.results import FLOORS, Figure, LevelResult, Metrics, ParityReport
 
 _INTERVALS = (
     "± is half the width of a 95% interval from resampling blocks of positions: how far the figure "
@@ -24,7 +24,7 @@ _INTERVALS = (
 )
 
 
-def glance(report: Report) -> Table:
+def glance(report: ParityReport) -> Table:
     """One row a level: the table of the terminal, and the first of every report."""
     header = ["level", "MiB", "NMSE", "mean KLD ± 95%", "99% KLD", "max KLD"]
     header += ["same top", "PPL ratio", "experts agree", "verdict"]
@@ -48,7 +48,7 @@ def glance(report: Report) -> Table:
     return Table("Levels at a glance", header, rows, frozenset({0, 9}))
 
 
-def overview(report: Report) -> Section:
+def overview(report: ParityReport) -> Section:
     return Section(
         "overview",
         "Size against divergence",
@@ -61,7 +61,7 @@ def overview(report: Report) -> Section:
     )
 
 
-def gate(report: Report) -> Section:
+def gate(report: ParityReport) -> Section:
     names = list(dict.fromkeys(name for result in report.levels for name in result.thresholds))
     traced = any(result.trace for result in report.levels)
 
@@ -116,7 +116,7 @@ _PLAIN: Sequence[tuple[str, str, Callable[[Figure], str]]] = (
 )
 
 
-def metrics(report: Report) -> Section:
+def metrics(report: ParityReport) -> Section:
     header = ["level", *(heading for _, heading, _ in _PLAIN), "tokenizer agrees", "positions"]
     rows = [
         [
@@ -141,7 +141,7 @@ def metrics(report: Report) -> Section:
     )
 
 
-def distribution(report: Report) -> Section:
+def distribution(report: ParityReport) -> Section:
     shown = (1, 10, 25, 50, 75, 90, 99, 100)
     rows = [
         [clean(result.level), *(number(result.kld_percentiles[p]) for p in shown)]
@@ -159,7 +159,7 @@ def distribution(report: Report) -> Section:
     )
 
 
-def domains(report: Report) -> Section:
+def domains(report: ParityReport) -> Section:
     names = list(dict.fromkeys(name for result in report.levels for name in result.domains))
 
     def table(caption: str, show: Callable[[Metrics], str], folded: bool = False) -> Table:

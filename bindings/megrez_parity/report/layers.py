@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from megrez_parity.report.content import Bad, Section, Table, by_layer
 from megrez_parity.report.words import NONE, clean, experts_agree, mean, number, percent
-from megrez_parity.results import LayerRouting, LevelResult, Report
+from megrez_parity.results import LayerRouting, LevelResult, ParityReport
 
 
-def routing(report: Report) -> Section:
+def routing(report: ParityReport) -> Section:
     rows = []
     for result in report.levels:
         known = [x for x in result.routing if math.isfinite(x.identical.value)]
@@ -70,7 +70,7 @@ def routing(report: Report) -> Section:
     )
 
 
-def pregate(report: Report) -> Section:
+def pregate(report: ParityReport) -> Section:
     rows = []
     for result in report.levels:
         ratios = {
@@ -118,12 +118,12 @@ def pregate(report: Report) -> Section:
     )
 
 
-def depth_names(report: Report) -> list[str]:
+def depth_names(report: ParityReport) -> list[str]:
     """Tensors whose error by depth is known, in the order of first mention."""
     return list(dict.fromkeys(name for result in report.levels for name in result.depth))
 
 
-def depth(report: Report) -> Section:
+def depth(report: ParityReport) -> Section:
     def folded(name: str) -> Table:
         lengths = [len(result.depth.get(name, ())) for result in report.levels]
         return by_layer(
@@ -148,7 +148,7 @@ def depth(report: Report) -> Section:
     )
 
 
-def trace(report: Report) -> Section:
+def trace(report: ParityReport) -> Section:
     rows = []
     for result in report.levels:
         if result.trace is None:
@@ -183,5 +183,5 @@ def trace(report: Report) -> Section:
     )
 
 
-def _routed_layers(report: Report) -> list[int]:
+def _routed_layers(report: ParityReport) -> list[int]:
     return sorted({x.layer for result in report.levels for x in result.routing})

@@ -6,13 +6,13 @@ import re
 
 from megrez_parity.report.content import Bad, Table
 from megrez_parity.report.sections import sections, title, verdict_line
-from megrez_parity.results import Report
+from megrez_parity.results import ParityReport
 
 # Underscores only where they could emphasise: q4_k_m stays as it is.
 _SPECIAL = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")
 
 
-def render(report: Report) -> str:
+def render(report: ParityReport) -> str:
     """All tables of `report` and what they mean; the figures are in the HTML form."""
     parts = [f"# {_escape(title(report))}", _escape(verdict_line(report))]
     for section in sections(report):

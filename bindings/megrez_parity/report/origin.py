@@ -8,12 +8,12 @@ from collections import Counter
 from megrez_gguf.quantization.encode import F16_LIMIT
 from megrez_parity.report.content import Bad, Section, Table
 from megrez_parity.report.words import NONE, clean, mib, number, percent
-from megrez_parity.results import Report
+from megrez_parity.results import ParityReport
 
 F16_MAX = 65504.0  # what is up to F16_LIMIT still rounds to it
 
 
-def fallbacks(report: Report) -> Section:
+def fallbacks(report: ParityReport) -> Section:
     rows, single = [], []
     for result in report.levels:
         kinds = Counter((x.wanted, x.got) for x in result.fallbacks)
@@ -66,7 +66,7 @@ def fallbacks(report: Report) -> Section:
     )
 
 
-def audit(report: Report) -> Section:
+def audit(report: ParityReport) -> Section:
     reading = (
         f"F16 ends at {F16_MAX:,.0f}. The largest magnitude that enters each matrix product in the "
         "reference's pass over these texts, and the weights that F16 would make infinite, zero "
@@ -114,7 +114,7 @@ def audit(report: Report) -> Section:
     )
 
 
-def provenance(report: Report) -> Section:
+def provenance(report: ParityReport) -> Section:
     run, values = report.reference, dict(report.provenance)
     command = values.pop("command", "")
     facts = [["checkpoint", clean(report.checkpoint)], ["context", f"{report.context} tokens"]]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from megrez_parity.report import judgement, layers, origin
 from megrez_parity.report.content import Section
 from megrez_parity.report.words import clean
-from megrez_parity.results import Report
+from megrez_parity.results import ParityReport
 
 
-def title(report: Report) -> str:
+def title(report: ParityReport) -> str:
     return f"Parity of {clean(report.checkpoint)}"
 
 
-def verdict_line(report: Report) -> str:
+def verdict_line(report: ParityReport) -> str:
     judged = sum(bool(result.thresholds) for result in report.levels)
     if report.misses:
         missed = [clean(result.level) for result in report.levels if result.misses]
@@ -22,7 +22,7 @@ def verdict_line(report: Report) -> str:
     return f"Passed: {judged} of {len(report.levels)} levels have thresholds, and all meet them."
 
 
-def sections(report: Report) -> list[Section]:
+def sections(report: ParityReport) -> list[Section]:
     made = [
         judgement.overview,
         judgement.gate,

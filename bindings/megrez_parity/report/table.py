@@ -11,10 +11,10 @@ from rich.text import Text
 from megrez_parity.report.content import Bad
 from megrez_parity.report.judgement import glance
 from megrez_parity.report.words import clean, mib, number
-from megrez_parity.results import Report
+from megrez_parity.results import ParityReport
 
 
-def print_table(report: Report) -> None:
+def print_table(report: ParityReport) -> None:
     """Print `report` to stdout; outside a terminal as plain, unwrapped text."""
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -36,7 +36,7 @@ def print_table(report: Report) -> None:
         console.print(Text(line))
 
 
-def _remarks(report: Report) -> Iterator[str]:
+def _remarks(report: ParityReport) -> Iterator[str]:
     windows = sum(text.windows for text in report.texts)
     reference = report.levels[0].metrics.reference_perplexity.value if report.levels else None
     yield (

@@ -155,19 +155,8 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read `folder/config.json`.
-
-        Raises ConfigError: no such folder or file, not JSON, or any reason `from_dict` gives.
-        """
-        path = folder / "config.json"
-        if not folder.exists():
-            raise ConfigError(f"{folder}: no such folder")
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: not a folder; give the folder that holds config.json")
-        raw = read_object(path, ConfigError)
-        if raw is None:
-            raise ConfigError(f"{folder}: no config.json in this folder")
-        return cls.from_dict(raw, source=str(path))
+        """Read `folder/config.json`. Raises ConfigError as `read_config` and `from_dict` do."""
+        return cls.from_dict(read_config(folder), source=str(folder / "config.json"))
 
     @classmethod
     def from_dict(cls, raw: Any, source: str = "config.json") -> ModelConfig:
@@ -286,6 +275,21 @@ class ModelConfig:
                 f"{used} groups of {size} cannot supply "
                 f"num_experts_per_tok = {self.num_experts_per_tok} experts",
             )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON object in `folder/config.json`, not validated.
+
+    Raises ConfigError: no such folder or file, or not a JSON object.
+    """
+    if not folder.exists():
+        raise ConfigError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: not a folder; give the folder that holds config.json")
+    raw = read_object(folder / "config.json", ConfigError)
+    if raw is None:
+        raise ConfigError(f"{folder}: no config.json in this folder")
+    return raw
 
 
 def _check_architecture(raw: dict[str, Any], source: str) -> None:

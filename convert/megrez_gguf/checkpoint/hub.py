@@ -16,9 +16,9 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.hub_clients import HUBS, Hub, HubName, chain, is_disk_full
-from megrez_gguf.checkpoint.shards import INDEX, SINGLE, read_index
+from megrez_gguf.checkpoint.location import Location, origin
+from megrez_gguf.checkpoint.shards import INDEX, SINGLE, announced_shards
 from megrez_gguf.errors import SourceError
 from megrez_gguf.text import Say, few, silent
 
@@ -43,28 +43,9 @@ _PREFIX = re.compile(r"(hf|modelscope):(.*)", re.DOTALL)
 _FILES = (".gguf", ".safetensors", ".json")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A checkpoint folder (or GGUF file) on this machine, and where it came from if that is known.
-
-    `revision` is the commit's hash on Hugging Face. ModelScope's client does not tell it, so there
-    it is what was asked for: a commit, a tag, or a branch ("master" unless asked for).
-    """
-
-    path: Path
-    hub: HubName | None = None
-    repository: str | None = None
-    revision: str | None = None
-
-    @property
-    def url(self) -> str | None:
-        """The repository's page."""
-        return HUBS[self.hub].page + str(self.repository) if self.hub else None
-
-
 def resolve(
-    source: str | os.PathLike[str], revision: str | None = None, say: Say = silent
-) -> Source:
+    source: str | os.PathLike[str], *, revision: str | None = None, say: Say = silent
+) -> Location:
     """The folder or file that `source` names, fetched first if it is a repository's id.
 
     What exists here wins. Otherwise "owner/name" and "hf:owner/name" are repositories on Hugging
@@ -85,21 +66,6 @@ def resolve(
             )
         return origin(Path(text))
     return _fetch(_parse(source, revision), say)
-
-
-def origin(path: Path) -> Source:
-    """What the names of a hub's cache folders tell about `path`; no more than the path otherwise.
-
-    Hugging Face's are models--OWNER--NAME/snapshots/COMMIT, ModelScope's
-    models/OWNER--NAME/snapshots/REVISION.
-    """
-    *_, models, repository, snapshots, revision = ("", "", "", *path.resolve().parts)
-    if snapshots == "snapshots":
-        if match := re.fullmatch(r"models--(.+?)--(.+)", repository):
-            return Source(path, "huggingface", f"{match[1]}/{match[2]}", revision)
-        if models == "models" and (match := re.fullmatch(r"(.+?)--(.+)", repository)):
-            return Source(path, "modelscope", f"{match[1]}/{match[2]}", revision)
-    return Source(path)
 
 
 # --- reading the argument ----------------------------------------------------------------------
@@ -125,7 +91,9 @@ def _parse(source: str | os.PathLike[str], revision: str | None) -> _Wanted:
             "modelscope:owner/name, either one with @REVISION if need be"
         )
     if match[2] is not None and revision not in (None, match[2]):
-        raise SourceError(f"{text}: names revision {match[2]!r}, and --revision {revision!r}")
+        raise SourceError(
+            f"{text}: names revision {match[2]!r}, and revision {revision!r} is asked for"
+        )
     wanted = match[2] if match[2] is not None else revision
     if wanted is not None and not _REVISION.fullmatch(wanted):
         raise SourceError(f"{text}: {wanted!r} is not the name of a branch, tag or commit")
@@ -136,21 +104,19 @@ def _parse(source: str | os.PathLike[str], revision: str | None) -> _Wanted:
 # --- fetching ----------------------------------------------------------------------------------
 
 
-def _fetch(wanted: _Wanted, say: Say) -> Source:
+def _fetch(wanted: _Wanted, say: Say) -> Location:
     folder = _download(wanted, wanted.revision, SMALL_FILES, say)
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{wanted}: holds no config.json; give the repository with the original safetensors "
             "weights, not one of GGUF files or an adapter"
         )
-    ModelConfig.from_folder(folder)
-    index = read_index(folder)
-    names = sorted(set(index.weight_map.values())) if index else [SINGLE]
+    names, total = announced_shards(folder)
     found = origin(folder)
     # On the commit the small files came from: a branch may move between the two.
     revision = found.revision if wanted.hub == "huggingface" else wanted.revision
     if any(not (folder / name).is_file() for name in names):
-        size = f", {index.total_size / 2**20:,.1f} MiB" if index and index.total_size else ""
+        size = f", {total / 2**20:,.1f} MiB" if total else ""
         say(f"fetching {wanted}: {len(names)} shard{'s' * (len(names) > 1)}{size}, to {folder}")
     _download(wanted, revision, tuple(names), say)
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -159,7 +125,7 @@ def _fetch(wanted: _Wanted, say: Say) -> Source:
             f"the repository; weights must be safetensors, in {SINGLE} or as {INDEX} names them"
         )
     # The name of an older client's ModelScope cache folder tells nothing.
-    return Source(folder, wanted.hub, wanted.repository, found.revision or wanted.revision)
+    return Location(folder, wanted.hub, wanted.repository, found.revision or wanted.revision)
 
 
 def _download(wanted: _Wanted, revision: str | None, names: tuple[str, ...], say: Say) -> Path:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from megrez_gguf.checkpoint.json_file import load_json
-from megrez_gguf.errors import CheckpointError
+from megrez_gguf.checkpoint.config import ModelConfig, read_config
+from megrez_gguf.checkpoint.json_file import load_json, read_object
+from megrez_gguf.checkpoint.location import Location
+from megrez_gguf.errors import CheckpointError, ConfigError
 from megrez_gguf.storage.tensor import Shard, Tensor
 from megrez_gguf.text import clip, few
 
@@ -41,20 +43,35 @@ ITEM_SIZE = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """All tensors of a checkpoint folder, by published name."""
+    """A checkpoint folder: its configuration, and all its tensors by published name."""
 
-    folder: Path
+    place: Location
+    config: ModelConfig
+    raw_config: Mapping[str, Any]
+    """`config.json` as it is."""
+    generation: Mapping[str, Any]
+    """`generation_config.json` as it is; empty without the file."""
     tensors: Mapping[str, Tensor]
     shards: tuple[Shard, ...]
     notes: tuple[str, ...] = field(default=())
 
-    @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read the index and every shard's header.
+    @property
+    def folder(self) -> Path:
+        return self.place.path
 
-        Raises CheckpointError: no safetensors file, a shard missing, damaged or hostile, a tensor
-        in two shards, or an index that disagrees with the shards in either direction.
+    @classmethod
+    def open(cls, place: Location | Path) -> Checkpoint:
+        """Read the configuration, the index and every shard's header.
+
+        Raises ConfigError as `ModelConfig.from_dict` does, and for a generation_config.json that is
+        no JSON object; CheckpointError: no safetensors file, a shard missing, damaged or hostile, a
+        tensor in two shards, or an index that disagrees with the shards in either direction.
         """
+        place = Location(place) if isinstance(place, Path) else place
+        folder = place.path
+        raw_config = read_config(folder)
+        config = ModelConfig.from_dict(raw_config, source=str(folder / "config.json"))
+        generation = read_object(folder / "generation_config.json", ConfigError) or {}
         index = read_index(folder)
         names = _shard_names(folder, index)
         tensors: dict[str, Tensor] = {}
@@ -77,7 +94,7 @@ class Checkpoint:
                 notes = (
                     f"{INDEX} says the weights take {index.total_size} bytes; they take {total}",
                 )
-        return cls(folder, tensors, tuple(shards), notes)
+        return cls(place, config, raw_config, generation, tensors, tuple(shards), notes)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if any shard changed since the checkpoint was opened."""
@@ -94,6 +111,18 @@ class Index:
 
     weight_map: dict[str, str]
     total_size: int | None
+
+
+def announced_shards(folder: Path) -> tuple[list[str], int | None]:
+    """The shards a folder that lacks them should have, and their size in all if it is known.
+
+    Raises ConfigError and CheckpointError for what tells of another kind of model, or no index.
+    """
+    ModelConfig.from_dict(read_config(folder), source=str(folder / "config.json"))
+    index = read_index(folder)
+    if index is None:
+        return [SINGLE], None
+    return sorted(set(index.weight_map.values())), index.total_size
 
 
 def read_index(folder: Path) -> Index | None:

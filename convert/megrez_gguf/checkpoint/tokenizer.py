@@ -80,25 +80,35 @@ class Vocabulary:
         return values
 
 
-def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+def read_vocabulary(
+    folder: Path,
+    vocab_size: int,
+    *,
+    model_config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+) -> Vocabulary:
     """Read the tokenizer of a checkpoint folder, padded to `vocab_size` tokens.
+
+    `model_config` and `generation` are config.json and generation_config.json, which may name the
+    special tokens that the tokenizer's own files do not.
 
     Raises TokenizerError: a file missing or damaged, a tokenizer that is no byte-level BPE or that
     llama.cpp would apply differently, ids that collide or leave holes, more tokens than rows in
     the embedding, or no end-of-text token.
     """
-    return _Builder(folder).build(vocab_size)
+    return _Builder(folder, model_config, generation).build(vocab_size)
 
 
 class _Builder:
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, model_config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> None:
         self.folder = folder
+        self.model_config, self.generation = model_config, generation
         self.path = folder / "tokenizer.json"
         self.json = self._object("tokenizer.json", required=True)
         self.config = self._object("tokenizer_config.json")
         self.map = self._object("special_tokens_map.json")
-        self.generation = self._object("generation_config.json")
-        self.model_config = self._object("config.json")
         self.warnings: list[str] = []
 
     def build(self, vocab_size: int) -> Vocabulary:
@@ -346,8 +356,8 @@ class _Builder:
         return special
 
     def _named(self, key: str, ids: Mapping[str, int]) -> int | None:
-        for source, name in ((self.config, "tokenizer_config"), (self.map, "special_tokens_map")):
-            value = source.get(f"{key}_token")
+        for named, name in ((self.config, "tokenizer_config"), (self.map, "special_tokens_map")):
+            value = named.get(f"{key}_token")
             text = value.get("content") if isinstance(value, dict) else value
             if text is None:
                 continue

@@ -184,7 +184,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Layout:
     """What becomes of every tensor of a checkpoint."""
 
     targets: tuple[Target, ...]
@@ -194,13 +194,13 @@ class Plan:
     """`lm_head` and embeddings that must be equal, because the configuration ties them."""
 
 
-def plan(config: ModelConfig, checkpoint: Checkpoint) -> Plan:
+def plan(checkpoint: Checkpoint) -> Layout:
     """Match the checkpoint's tensors with the table, in the order they will be written.
 
     Raises CheckpointError naming the tensors: missing, extra, of the wrong shape or type, experts
     where the layer shares another's, experts absent where the group needs them.
     """
-    found = checkpoint.tensors
+    config, found = checkpoint.config, checkpoint.tensors
     skipped = _skipped(config, found)
     targets = []
     missing: list[str] = []
@@ -231,10 +231,10 @@ def plan(config: ModelConfig, checkpoint: Checkpoint) -> Plan:
     if config.tie_word_embeddings and "lm_head.weight" in found:
         head = _checked(found["lm_head.weight"], _VOCAB(config))
         tied = (head, found["model.embed_tokens.weight"])
-    return Plan(tuple(targets), skipped, tied)
+    return Layout(tuple(targets), skipped, tied)
 
 
-def check_ledger(checkpoint: Checkpoint, plan: Plan, consumed: Iterable[str]) -> None:
+def check_ledger(checkpoint: Checkpoint, plan: Layout, consumed: Iterable[str]) -> None:
     """Prove that every source tensor was written or skipped, once.
 
     Raises CheckpointError: this cannot happen unless the converter itself is wrong.

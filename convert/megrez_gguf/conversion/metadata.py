@@ -13,10 +13,14 @@ from megrez_gguf.format.writer import KeyValues
 from megrez_llama import ARCH
 
 if TYPE_CHECKING:
-    from megrez_gguf.checkpoint.hub import Source
+    from megrez_gguf.checkpoint.location import Location
 
 # Prefix of the keys that say how a file was made; llama.cpp does not read them.
 OURS = "megrez-gguf"
+# "NAME TYPE SHA256" of every tensor. The type tells a record that another program's quantizer has
+# copied from the file it read.
+HASHES = f"{OURS}.sha256"
+RECIPE = f"{OURS}.recipe"
 
 
 GATING = {"softmax": 1, "sigmoid": 2}
@@ -87,12 +91,9 @@ def _rope_scaling(scaling: RopeScaling) -> KeyValues:
 
 
 def general(
-    place: Source,
-    config: ModelConfig,
-    raw_config: Mapping[str, Any],
-    parameters: int,
+    config: ModelConfig, raw_config: Mapping[str, Any], place: Location, parameters: int
 ) -> KeyValues:
-    """`general.*`: name, size, license and source, as far as `place` tells.
+    """`general.*`: name, size, license and source, as far as `raw_config` and `place` tell.
 
     Our own key has the commit it was fetched at, if that is known. `parameters` counts the stored
     weights.

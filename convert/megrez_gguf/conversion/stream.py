@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megrez_gguf.errors import CheckpointError
+from megrez_gguf.format.writer import TensorInfo
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization import encode
 from megrez_gguf.quantization.encode import Array, Encoding, Loss
@@ -59,9 +60,19 @@ class Item:
     encoding: Encoding
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return sum(t.size for t in self.sources)
+
+    @property
     def nbytes(self) -> int:
         """Size as written."""
-        return self.encoding.nbytes(sum(t.size for t in self.sources))
+        return self.encoding.nbytes(self.size)
+
+    @property
+    def info(self) -> TensorInfo:
+        """Its entry in a GGUF's tensor table."""
+        return TensorInfo(self.name, self.shape, self.encoding.number, self.nbytes)
 
 
 class Sink(Protocol):
@@ -131,7 +142,7 @@ def stream(
     sink: Sink,
     importance: Importance | None = None,
     clamp: bool = False,
-    threads: int | None = None,
+    n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Encode `items` into `sink`, in order.
@@ -142,7 +153,7 @@ def stream(
     """
     with OpenShards() as files:
         return _Stream(files, sink, importance or {}, clamp, progress).run(
-            items, threads or available_cpus()
+            items, n_threads or available_cpus()
         )
 
 
@@ -264,8 +275,8 @@ class _Stream:
             name = item.encoding.name
             raise CheckpointError(
                 f"tensor {item.name}: {self.item_loss.overflow} weights are beyond the range of "
-                f"{name} and would become infinite; use --outtype bf16 or f32, or --clamp to "
-                f"limit them (`megrez-gguf inspect` counts them in all tensors)"
+                f"{name} and would become infinite",
+                option="clamp",
             )
         self.outcome.loss += self.item_loss
         self.sink.end(item)

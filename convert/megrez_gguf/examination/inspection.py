@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megrez_gguf.checkpoint import hub
-from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.location import Location
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion import layout, metadata
 from megrez_gguf.errors import GGUFError
@@ -49,7 +49,7 @@ class TensorReport:
 
 
 @dataclass(slots=True)
-class Report:
+class Inspection:
     """The result of `inspect`. `hyperparameters` go by their GGUF names without the prefix."""
 
     path: str
@@ -71,12 +71,12 @@ class Report:
 
 def inspect(
     path: str | os.PathLike[str],
+    *,
     scan: bool = True,
     progress: Progress | None = None,
-    *,
     revision: str | None = None,
     say: Say = silent,
-) -> Report:
+) -> Inspection:
     """Look into a checkpoint folder or a GGUF file; `scan` reads all weights to count.
 
     A text that names neither may name a repository, which is fetched first: see `hub.resolve`, to
@@ -86,7 +86,7 @@ def inspect(
     checkpoint that cannot be converted for its structure, GGUFError for a file that is damaged or
     no Megrez2 model.
     """
-    place = hub.resolve(path, revision, say)
+    place = hub.resolve(path, revision=revision, say=say)
     if not place.path.is_file():
         report, sources = _checkpoint(place)
     else:
@@ -96,11 +96,10 @@ def inspect(
     return report
 
 
-def _checkpoint(place: hub.Source) -> tuple[Report, list[tuple[Tensor, ...]]]:
-    folder = place.path
-    config = ModelConfig.from_folder(folder)
-    checkpoint = Checkpoint.open(folder)
-    plan = layout.plan(config, checkpoint)
+def _checkpoint(place: Location) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
+    checkpoint = Checkpoint.open(place)
+    config, folder = checkpoint.config, checkpoint.folder
+    plan = layout.plan(checkpoint)
     tensors = [
         TensorReport(
             target.name,
@@ -128,7 +127,7 @@ def _checkpoint(place: hub.Source) -> tuple[Report, list[tuple[Tensor, ...]]]:
     return report, [target.sources for target in plan.targets]
 
 
-def _gguf(path: Path) -> tuple[Report, list[tuple[Tensor, ...]]]:
+def _gguf(path: Path) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
     file = GGUFFile.open_model(path)
     prefix = f"{ARCH}."
     hyperparameters = {
@@ -162,11 +161,11 @@ def _gguf(path: Path) -> tuple[Report, list[tuple[Tensor, ...]]]:
 
 def _report(
     path: Path, kind: str, name: str, hyperparameters: dict[str, Any], tensors: list[TensorReport]
-) -> Report:
+) -> Inspection:
     roles: dict[str, int] = {}
     for tensor in tensors:
         roles[tensor.role] = roles.get(tensor.role, 0) + tensor.nbytes
-    return Report(
+    return Inspection(
         str(path),
         kind,
         name,
@@ -188,7 +187,7 @@ def _groups(moe: Iterable[int], pools: Iterable[int]) -> tuple[Group, ...]:
     return tuple(Group(pool, tuple(layers)) for pool, layers in sorted(users.items()))
 
 
-def _contradictions(report: Report, moe: list[int], pools: list[int]) -> Iterator[str]:
+def _contradictions(report: Inspection, moe: list[int], pools: list[int]) -> Iterator[str]:
     period = report.hyperparameters.get("experts_shared_frequency")
     if period is None:
         yield "no experts_shared_frequency: the groups are read from which layers hold experts"
@@ -206,7 +205,7 @@ def _contradictions(report: Report, moe: list[int], pools: list[int]) -> Iterato
         yield "no pre_gate: taken as true"
 
 
-def _scan(report: Report, sources: list[tuple[Tensor, ...]], progress: Progress | None) -> None:
+def _scan(report: Inspection, sources: list[tuple[Tensor, ...]], progress: Progress | None) -> None:
     total = sum(t.nbytes for tensors in sources for t in tensors)
     done = 0
     report.non_finite = report.f16_overflow = report.f16_flushed = 0
@@ -230,7 +229,7 @@ def _scan(report: Report, sources: list[tuple[Tensor, ...]], progress: Progress 
         report.f16_flushed += loss.flushed
 
 
-def render(report: Report) -> str:
+def render(report: Inspection) -> str:
     """The report as text, for people."""
     lines = [
         f"{report.name} ({report.kind}, {report.path})",

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from megrez_gguf.checkpoint import hub
+from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion import metadata
-from megrez_gguf.conversion.pipeline import HASHES, read_checkpoint
+from megrez_gguf.conversion.source import from_checkpoint
 from megrez_gguf.conversion.stream import Importance, Item, stream
 from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.format.reader import GGUFFile
@@ -48,9 +49,9 @@ class Verification:
 def verify(
     path: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str] | None = None,
+    *,
     imatrix: str | os.PathLike[str] | Imatrix | None = None,
     progress: Progress | None = None,
-    *,
     revision: str | None = None,
     say: Say = silent,
 ) -> Verification:
@@ -73,7 +74,7 @@ def verify(
         raise ConfigError(f"{path}: has no hashes of its own; give the checkpoint to compare with")
     if checkpoint is None and revision is not None:
         raise ConfigError(f"revision {revision!r}: of which repository? give the checkpoint, too")
-    place = None if checkpoint is None else hub.resolve(checkpoint, revision, say)
+    place = None if checkpoint is None else hub.resolve(checkpoint, revision=revision, say=say)
     notes = []
     if stale:
         notes.append(
@@ -85,13 +86,13 @@ def verify(
     if place is not None:
         damaged = {failure.split(":", 1)[0] for failure in failures}
         sound = recorded.keys() - damaged
-        source = read_checkpoint(place)
+        source = from_checkpoint(Checkpoint.open(place))
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]
         sink = _Comparison(file, sound)
         stream(items, sink, _importance(file, imatrix, items), True, None, progress)
-        source.check(None)
+        source.check_unchanged()
         failures += sink.failures
         compared = len(items)
     return Verification(
@@ -101,18 +102,20 @@ def verify(
 
 def _recorded(file: GGUFFile) -> tuple[dict[str, str], int]:
     """Recorded hashes by tensor; and how many are of another type than the tensor has."""
-    record = file.values.get(HASHES, [])
+    record = file.values.get(metadata.HASHES, [])
     found: dict[str, tuple[str, str]] = {}
     for line in record if isinstance(record, list) else [record]:
         fields = line.split(" ") if isinstance(line, str) else []
         if len(fields) != 3 or fields[0] in found:
-            raise GGUFError(f"{file.shards[0].path}: key {HASHES!r}: damaged at {line!r:.80}")
+            raise GGUFError(
+                f"{file.shards[0].path}: key {metadata.HASHES!r}: damaged at {line!r:.80}"
+            )
         found[fields[0]] = (fields[1], fields[2])
     tensors = {t.name: t for t in file.tensors}
     if found and found.keys() != tensors.keys():
         odd = min(found.keys() ^ tensors.keys())
         raise GGUFError(
-            f"{file.shards[0].path}: key {HASHES!r} and the tensors disagree about {odd}"
+            f"{file.shards[0].path}: key {metadata.HASHES!r} and the tensors disagree about {odd}"
         )
     fresh = {n: digest for n, (kind, digest) in found.items() if tensors[n].dtype == kind}
     return fresh, len(found) - len(fresh)
@@ -182,8 +185,9 @@ def _importance(
         if weighted:
             raise ConfigError(
                 f"{file.shards[0].path}: made with an importance matrix "
-                f"({file.values.get('quantize.imatrix.file', 'its file is not named')}); give it "
-                "with --imatrix"
+                f"({file.values.get('quantize.imatrix.file', 'its file is not named')}); give the "
+                "same one",
+                option="imatrix",
             )
         return {}
     if not weighted:

@@ -130,6 +130,14 @@ def type_number(name: str) -> int:
     return number
 
 
+def type_size(name: str) -> tuple[int, int]:
+    """Elements of a block of a type, and the bytes they take. Raises ConfigError."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_number(name))]
+    return block, nbytes
+
+
 @cache
 def encoding(name: str) -> Encoding:
     """How tensors of the type `name`, e.g. "Q4_K", are written.
@@ -140,10 +148,7 @@ def encoding(name: str) -> Encoding:
     """
     if name in FLOATS:
         return FLOATS[name]
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    number = type_number(name)
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+    number, (block, nbytes) = type_number(name), type_size(name)
 
     def quantize(
         values: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None

@@ -37,10 +37,7 @@ def canonical(name: str) -> str:
 def check_weighted(level: str, weighted: bool) -> None:
     """Raise ConfigError where a level cannot do with, or without, an importance matrix."""
     if level in WEIGHTED and not weighted:
-        raise ConfigError(
-            f"level {level!r} needs an importance matrix: make one with `megrez-gguf imatrix` and "
-            "give it with --imatrix"
-        )
+        raise ConfigError(f"level {level!r} needs an importance matrix", option="imatrix")
     if level in PLAIN and weighted:
         raise ConfigError(f"level {level!r}: an importance matrix changes nothing in it")
 

@@ -226,7 +226,7 @@ def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:
     if not os.path.lexists(path):
         return
     if not force:
-        raise OutputError(f"{path}: exists; use --force to replace it")
+        raise OutputError(f"{path}: exists", option="force")
     if path.exists() and not path.is_file():
         raise OutputError(f"{path}: is not a regular file")
     if path.exists() and any(path.samefile(source) for source in inputs):
@@ -241,10 +241,10 @@ def _place(temporary: Path, path: Path, force: bool) -> None:
         # Unlike a rename, a link never replaces a file that appeared in the meantime.
         os.link(temporary, path)
     except FileExistsError:
-        raise OutputError(f"{path}: exists; use --force to replace it") from None
+        raise OutputError(f"{path}: exists", option="force") from None
     except OSError:
         if path.exists():
-            raise OutputError(f"{path}: exists; use --force to replace it") from None
+            raise OutputError(f"{path}: exists", option="force") from None
         temporary.replace(path)
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 from megrez_gguf.errors import MegrezError
 from megrez_gguf.text import format_size
 from megrez_llama.expert_store import ExpertStats, expert_stats
-from megrez_runtime.model import load
-from megrez_runtime.session import Answer, Sampling, Session
+from megrez_runtime.session import Answer, Session
 
 HELP = """\
 /reset    forget the conversation
@@ -31,7 +28,7 @@ INTERRUPTED = 130
 class Terminal:
     """The user's side of a `Session`, on this process's standard streams."""
 
-    def __init__(self, session: Session, stats: bool = False) -> None:
+    def __init__(self, session: Session, *, stats: bool = False) -> None:
         self.session = session
         self.stats = stats
         for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -142,33 +139,6 @@ class Terminal:
     def _talk(self, text: str) -> None:
         self._err.write(f"\033[2m{text}\033[0m\n" if _tty(self._err) else f"{text}\n")
         self._err.flush()
-
-
-def chat(
-    model: Path,
-    prompt: str | None,
-    sampling: Mapping[str, Any],
-    session: Mapping[str, Any],
-    options: Mapping[str, Any],
-    stats: bool = False,
-) -> int:
-    """The chat command; returns the exit code.
-
-    `prompt` None chats with stdin, "-" is all of stdin. `sampling` are fields of `Sampling` that
-    replace the file's; `session` goes to `Session`, `options` to `load`, and both raise. `stats`
-    adds what the expert store did to every answer.
-    """
-    llm = load(model, **options)
-    with contextlib.closing(llm):
-        advised = Sampling.advised(llm.metadata)
-        terminal = Terminal(
-            Session(llm, sampling=dataclasses.replace(advised, **sampling), **session), stats
-        )
-        if prompt is None:
-            return terminal.run()
-        if prompt == "-" and sys.stdin:
-            prompt = sys.stdin.read().rstrip("\n")
-        return terminal.once(prompt)
 
 
 def figures(answer: Answer, context: int) -> str:

@@ -1,0 +1,191 @@
+"""Commands that make, check and describe files: convert, quantize, verify, inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megrez_cli import console, options
+
+
+def convert(
+    checkpoint: options.Checkpoint,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output file.  [default: NAME-TYPE.gguf]")
+    ] = None,
+    outtype: Annotated[
+        str, typer.Option(help="Level, e.g. q8_0 or q4_k_m; auto is the checkpoint's own type.")
+    ] = "auto",
+    imatrix: options.Imatrix = None,
+    recipe: options.Recipe = None,
+    split_max_size: options.Split = None,
+    force: options.Force = False,
+    clamp: Annotated[
+        bool, typer.Option("--clamp", help="Limit weights beyond the type's range to it.")
+    ] = False,
+    revision: options.Revision = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Convert a checkpoint to GGUF, at any level in one pass.
+
+    Norms, routers and biases are always F32. Levels that quantize give what llama-quantize gives,
+    and need the patched llama-cpp-python. The output appears whole or not at all.
+
+    \b
+    Examples:
+      megrez-gguf convert Megrez2-3x7B-A3B
+      megrez-gguf convert Megrez2-3x7B-A3B -o megrez2.gguf --outtype q4_k_m --imatrix m.imatrix
+      megrez-gguf convert Megrez2-3x7B-A3B --outtype q8_0 --split-max-size 2G
+      megrez-gguf convert Infinigence/Megrez2-3x7B-A3B --outtype q4_k_m
+    """
+    from megrez_gguf.conversion import convert as run
+
+    if dry_run:
+        plan = run.plan_convert(
+            checkpoint,
+            out,
+            outtype=outtype,
+            imatrix=imatrix,
+            recipe=recipe,
+            split_max_size=split_max_size,
+            revision=revision,
+            say=console.say,
+        )
+        console.tell_plan(plan, as_json)
+        return
+    with console.progress("Converting") as progress:
+        result = run.convert(
+            checkpoint,
+            out,
+            outtype=outtype,
+            force=force,
+            clamp=clamp,
+            progress=progress,
+            imatrix=imatrix,
+            recipe=recipe,
+            split_max_size=split_max_size,
+            revision=revision,
+            say=console.say,
+        )
+    console.tell_result(result, as_json)
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(help="GGUF file in f32, bf16 or f16.")],
+    out: Annotated[Path, typer.Argument(help="Output file.")],
+    level: Annotated[str, typer.Argument(help="Level, e.g. q4_k_m; auto with --recipe.")] = "auto",
+    force: options.Force = False,
+    imatrix: options.Imatrix = None,
+    recipe: options.Recipe = None,
+    split_max_size: options.Split = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantize a GGUF file, tensor for tensor as llama-quantize does.
+
+    \b
+    Examples:
+      megrez-gguf quantize megrez2-bf16.gguf megrez2-q4.gguf q4_k_m
+      megrez-gguf quantize megrez2-bf16.gguf mine.gguf --recipe mine.toml
+    """
+    from megrez_gguf.conversion import convert as run
+
+    if dry_run:
+        plan = run.plan_quantize(
+            source,
+            out,
+            outtype=level,
+            imatrix=imatrix,
+            recipe=recipe,
+            split_max_size=split_max_size,
+        )
+        console.tell_plan(plan, as_json)
+        return
+    with console.progress("Quantizing") as progress:
+        result = run.quantize(
+            source,
+            out,
+            outtype=level,
+            force=force,
+            progress=progress,
+            imatrix=imatrix,
+            recipe=recipe,
+            split_max_size=split_max_size,
+        )
+    console.tell_result(result, as_json)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="GGUF file, or the first part of a split one.")],
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Folder, or owner/name or modelscope:owner/name.")
+    ] = None,
+    imatrix: options.Imatrix = None,
+    revision: options.Revision = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check every tensor of a file against its recorded hash and its checkpoint.
+
+    Without CHECKPOINT, tells damage since the file was written. With it, encodes every tensor anew
+    and compares byte for byte, for files of any program. Exits 1 where anything differs.
+
+    \b
+    Examples:
+      megrez-gguf verify megrez2-q4.gguf
+      megrez-gguf verify megrez2-q4.gguf Megrez2-3x7B-A3B
+      megrez-gguf verify theirs.gguf Infinigence/Megrez2-3x7B-A3B --revision main
+    """
+    from megrez_gguf.examination.verification import verify as run
+
+    with console.progress("Verifying") as progress:
+        result = run(
+            path,
+            checkpoint,
+            imatrix=imatrix,
+            progress=progress,
+            revision=revision,
+            say=console.say,
+        )
+    for note in result.notes:
+        console.say(f"warning: {note}")
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result), default=str))
+    else:
+        for failure in result.failures:
+            typer.echo(failure)
+        typer.echo(
+            f"{result.tensors} tensors: {result.hashed} held against their recorded hash, "
+            f"{result.compared} against the checkpoint; {len(result.failures)} differences"
+        )
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def inspect(
+    path: Annotated[
+        str, typer.Argument(help="GGUF file, folder, owner/name or modelscope:owner/name.")
+    ],
+    revision: options.Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    scan: Annotated[
+        bool, typer.Option("--scan/--no-scan", help="Read all weights, to count those at risk.")
+    ] = True,
+) -> None:
+    """Show hyper-parameters, expert groups, tensors and weights at risk.
+
+    \b
+    Examples:
+      megrez-gguf inspect Megrez2-3x7B-A3B
+      megrez-gguf inspect megrez2.gguf --json --no-scan
+    """
+    from megrez_gguf.examination.inspection import inspect as run
+    from megrez_gguf.examination.inspection import render
+
+    with console.progress("Reading") as progress:
+        report = run(path, scan=scan, progress=progress, revision=revision, say=console.say)
+    typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else render(report))

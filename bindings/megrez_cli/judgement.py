@@ -1,0 +1,93 @@
+"""The command that judges files: parity."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megrez_cli import console, options
+
+
+def parity(
+    checkpoint: options.Checkpoint,
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated, e.g. q8_0,q4_k_m+imatrix.  [default: the usual ones]"),
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option("--gguf", help="Judge this file of the checkpoint, too; repeatable."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt at CKPT]"),
+    ] = None,
+    ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows a text, from its start.")] = 4,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Name the first tensor that errs by itself.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write report.html, .json and .md here.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Keep the reference here.  [default: kept from 1 GiB on]"),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", help="Importance matrix (GGUF).  [default: made of the texts]"),
+    ] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option("--thresholds", help="JSON with bounds.  [default: ours]")
+    ] = None,
+    revision: options.Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Compare a checkpoint's GGUF levels with a torch reference.
+
+    Converts to each level, runs the patched llama.cpp on the CPU, and prints file size, NMSE of
+    logits, KL divergence, same-top-p, perplexity, and how often the same experts ran. Exits 1 when
+    a level misses its threshold. With --gguf and without --levels nothing is converted.
+
+    \b
+    Examples:
+      megrez-gguf parity tests/data/pocket --report pocket-report
+      megrez-gguf parity Megrez2-3x7B-A3B --levels q4_k_m,q4_0 --text novel.txt --windows 2
+      megrez-gguf parity Infinigence/Megrez2-3x7B-A3B --gguf theirs.gguf --text novel.txt --trace
+    """
+    from megrez_gguf.errors import ThresholdError
+    from megrez_parity.harness import measure
+    from megrez_parity.level_files import LEVELS
+    from megrez_parity.report import prepare, print_table, write
+
+    if report:
+        prepare(report)  # an hour of computing later would be late
+    result = measure(
+        checkpoint,
+        levels=levels.split(",") if levels is not None else () if gguf else LEVELS,
+        texts=text or (),
+        files=gguf or (),
+        n_ctx=ctx,
+        n_windows=windows,
+        trace=trace,
+        cache=cache,
+        imatrix=imatrix,
+        thresholds=thresholds,
+        revision=revision,
+        command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
+        say=console.say,
+    )
+    for path in write(result, report) if report else ():
+        console.say(f"wrote {path}")
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), ensure_ascii=False))
+    else:
+        print_table(result)
+    if result.misses:
+        raise ThresholdError("; ".join(result.misses))

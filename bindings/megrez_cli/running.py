@@ -1,0 +1,123 @@
+"""Commands that run a model: chat, bench."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from megrez_cli import console, options
+
+
+def chat(
+    model: options.Model,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="Answer this and leave; - reads it from stdin."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt.  [default: the chat template's own]")
+    ] = None,
+    temp: Annotated[
+        float | None, typer.Option(min=0, help="Temperature; 0 is greedy.  [default: the file's]")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the file's]")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="0 is off.  [default: the file's]")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the file's]")] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option(min=0.01, help="1 is off.  [default: the file's]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")] = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of context.  [default: all, up to 8192]"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    threads: options.Threads = None,
+    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers on the GPU; -1 is all.")] = -1,
+    ram: options.Ram = "auto",
+    expert_cache: options.ExpertCache = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="After an answer, what the expert cache did.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
+) -> None:
+    """Chat with a model, in the terminal or through a pipe.
+
+    Answers go to stdout, everything else to stderr. Sampling not asked for here is the file's own,
+    or else temperature 0.7 and top_p 0.9. Ctrl-C stops an answer; /help lists the commands.
+
+    \b
+    Examples:
+      megrez-gguf chat megrez2-q4.gguf
+      megrez-gguf chat megrez2-q4.gguf -p "世界上最高的山峰是哪座？" --temp 0
+      megrez-gguf chat megrez2-q4.gguf < questions.txt > answers.txt
+      megrez-gguf chat megrez2-q4.gguf --ram 2GiB --stats
+    """
+    from megrez_cli.terminal import Terminal
+    from megrez_runtime import Sampling, Session, load
+
+    llm = load(
+        model,
+        n_ctx=ctx,
+        n_threads=threads,
+        n_gpu_layers=gpu_layers,
+        ram=ram,
+        expert_cache=expert_cache,
+        verbose=verbose,
+        say=console.say,
+    )
+    with contextlib.closing(llm):
+        sampling = Sampling.advised(llm.metadata).changed(
+            temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repeat_penalty=repeat_penalty
+        )
+        session = Session(llm, system=system, sampling=sampling, seed=seed, max_tokens=max_tokens)
+        terminal = Terminal(session, stats=stats)
+        if prompt == "-" and sys.stdin:
+            prompt = sys.stdin.read().rstrip("\n")
+        code = terminal.run() if prompt is None else terminal.once(prompt)
+    raise typer.Exit(code)
+
+
+def bench(
+    model: options.Model,
+    prompt: Annotated[
+        int, typer.Option(min=0, help="Tokens of the prompt; 0 leaves it out.")
+    ] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
+    warmup: Annotated[int, typer.Option(min=0, help="Tokens decoded before, not timed.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; their median counts.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random tokens.")] = 0,
+    threads: options.Threads = None,
+    ram: options.Ram = "auto",
+    expert_cache: options.ExpertCache = None,
+    as_json: options.Json = False,
+) -> None:
+    """Time a model: tokens a second in the prompt and after it, and what the expert cache did.
+
+    \b
+    Examples:
+      megrez-gguf bench megrez2-q4.gguf
+      megrez-gguf bench megrez2-q4.gguf --ram 2GiB --json
+    """
+    from megrez_runtime.bench import bench as run
+
+    result = run(
+        model,
+        n_prompt=prompt,
+        n_decode=tokens,
+        n_warmup=warmup,
+        n_repeats=repeats,
+        seed=seed,
+        n_threads=threads,
+        ram=ram,
+        expert_cache=expert_cache,
+        say=console.say,
+    )
+    typer.echo(json.dumps(dataclasses.asdict(result)) if as_json else str(result))
