@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf.checkpoint import hub
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import UNUSED, Vocabulary
@@ -89,7 +88,7 @@ def measure(
     if n_ctx < 4 or n_windows < 1:
         raise ConfigError(f"{n_windows} windows of {n_ctx} tokens: expected at least 1 of 4")
     bounds = Thresholds.load(thresholds)
-    source = Checkpoint.open(hub.resolve(checkpoint, revision=revision, say=say))
+    source = Checkpoint.find(checkpoint, revision=revision, say=say)
     config, folder = source.config, source.folder
     layout.plan(source)  # every tensor is there, in its shape
     corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)

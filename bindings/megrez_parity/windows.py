@@ -99,12 +99,7 @@ def read_corpus(
     MegrezError: no text, one that is not UTF-8 or shorter than a window, no usable tokenizer.
     """
     paths = list(texts) or _default_texts(checkpoint.folder)
-    vocabulary = read_vocabulary(
-        checkpoint.folder,
-        checkpoint.config.vocab_size,
-        model_config=checkpoint.raw_config,
-        generation=checkpoint.generation,
-    )
+    vocabulary = read_vocabulary(checkpoint.documents, checkpoint.config.vocab_size)
     tokenizer = _tokenizer(checkpoint.folder / "tokenizer.json")
     bos = vocabulary.special["bos"] if vocabulary.add_bos else None
     stems = Counter(path.stem for path in paths)

@@ -14,6 +14,7 @@ from checkpoints import Make
 from hub_server import COMMIT, REPOSITORY, HubServer, serve
 
 from megrez_gguf.checkpoint import hub
+from megrez_gguf.checkpoint.shards import announced_shards
 from megrez_gguf.errors import SourceError
 from megrez_gguf.format.reader import GGUFFile
 
@@ -197,7 +198,7 @@ def test_without_the_client(module: str, extra: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, module, None)
     prefix = {"hub": "hf", "modelscope": "modelscope"}[extra]
     with pytest.raises(SourceError, match=rf"pip install 'megrez-gguf\[{extra}\]'"):
-        hub.resolve(f"{prefix}:{REPOSITORY}")
+        hub.resolve(f"{prefix}:{REPOSITORY}", announced_shards)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_without_the_client(module: str, extra: str, monkeypatch: pytest.MonkeyP
 )
 def test_what_is_no_id(source: Any, message: str) -> None:
     with pytest.raises(SourceError, match=message):
-        hub.resolve(source)
+        hub.resolve(source, announced_shards)
 
 
 def test_a_folder_wins_and_has_no_revision(
@@ -222,6 +223,6 @@ def test_a_folder_wins_and_has_no_revision(
     (tmp_path / "owner").mkdir()
     checkpoint.rename(tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
-    assert hub.resolve("owner/name").path == Path("owner/name")
+    assert hub.resolve("owner/name", announced_shards).path == Path("owner/name")
     with pytest.raises(SourceError, match="is on this machine and has no revision"):
-        hub.resolve("owner/name", revision="v1")
+        hub.resolve("owner/name", announced_shards, revision="v1")

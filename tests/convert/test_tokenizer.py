@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import cli, edit_json
 
-from megrez_gguf.checkpoint.json_file import read_object
+from megrez_gguf.checkpoint.documents import Documents
 from megrez_gguf.checkpoint.tokenizer import (
     CONTROL,
     NORMAL,
@@ -30,15 +30,7 @@ def edit(checkpoint: Path, change: Edit, name: str = "tokenizer.json") -> None:
 
 
 def read(checkpoint: Path, size: int = SIZE) -> Vocabulary:
-    def document(name: str) -> dict[str, Any]:
-        return read_object(checkpoint / name, TokenizerError) or {}
-
-    return read_vocabulary(
-        checkpoint,
-        size,
-        model_config=document("config.json"),
-        generation=document("generation_config.json"),
-    )
+    return read_vocabulary(Documents.read(checkpoint), size)
 
 
 def added(text: str, i: int, **flags: Any) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def test_agreement_counts_tokens_at_their_places() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     pocket = Checkpoint.open(POCKET)
-    elsewhere = replace(pocket, place=Location(tmp_path))
+    documents = replace(pocket.documents, folder=tmp_path)
+    elsewhere = replace(pocket, place=Location(tmp_path), documents=documents)
     with pytest.raises(ConfigError, match="shorter than one window of 100000"):
         read_corpus(pocket, TEXTS, n_ctx=100_000, n_windows=1)
     with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):

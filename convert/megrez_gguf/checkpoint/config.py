@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from megrez_gguf.checkpoint.json_file import read_object
+from megrez_gguf.checkpoint.documents import CONFIG, Documents
 from megrez_gguf.errors import ConfigError
 
 ARCHITECTURE = "MegrezMoeForCausalLM"
@@ -126,6 +127,12 @@ class ModelConfig:
     unknown_fields: tuple[str, ...] = field(default=(), compare=False)
 
     @property
+    def remarks(self) -> list[str]:
+        """What the user should know of fields that were not understood."""
+        names = ", ".join(self.unknown_fields)
+        return [f"config.json has fields nobody here knows: {names}"] if names else []
+
+    @property
     def shared_intermediate_size(self) -> int:
         """Width of the one MLP that holds a layer's shared experts; 0 when it has none."""
         return self.n_shared_experts * self.moe_intermediate_size
@@ -155,8 +162,13 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read `folder/config.json`. Raises ConfigError as `read_config` and `from_dict` do."""
-        return cls.from_dict(read_config(folder), source=str(folder / "config.json"))
+        """Read `folder/config.json`. Raises ConfigError as `Documents.read` and `of` do."""
+        return cls.of(Documents.read(folder))
+
+    @classmethod
+    def of(cls, documents: Documents) -> ModelConfig:
+        """The configuration that `documents` hold. Raises ConfigError as `from_dict` does."""
+        return cls.from_dict(documents.config, source=str(documents.folder / CONFIG))
 
     @classmethod
     def from_dict(cls, raw: Any, source: str = "config.json") -> ModelConfig:
@@ -165,7 +177,7 @@ class ModelConfig:
         Raises ConfigError: another architecture, a field missing or of the wrong type, values that
         contradict each other, or a value that changes the maths and is not supported.
         """
-        if not isinstance(raw, dict):
+        if not isinstance(raw, Mapping):
             raise ConfigError(f"{source}: expected a JSON object, found {type(raw).__name__}")
         _check_architecture(raw, source)
         r = _Reader(raw, source)
@@ -277,22 +289,7 @@ class ModelConfig:
             )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON object in `folder/config.json`, not validated.
-
-    Raises ConfigError: no such folder or file, or not a JSON object.
-    """
-    if not folder.exists():
-        raise ConfigError(f"{folder}: no such folder")
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: not a folder; give the folder that holds config.json")
-    raw = read_object(folder / "config.json", ConfigError)
-    if raw is None:
-        raise ConfigError(f"{folder}: no config.json in this folder")
-    return raw
-
-
-def _check_architecture(raw: dict[str, Any], source: str) -> None:
+def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
     names = raw.get("architectures")
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
         raise ConfigError(f"{source}: `architectures`: expected a list of names, found {names!r}")
@@ -357,7 +354,7 @@ def _rope_scaling(r: _Reader, context: int) -> RopeScaling | None:
 class _Reader:
     """Typed reads of one JSON object; remembers what was read."""
 
-    def __init__(self, raw: dict[str, Any], source: str, prefix: str = "") -> None:
+    def __init__(self, raw: Mapping[str, Any], source: str, prefix: str = "") -> None:
         self.raw, self.source, self.prefix = raw, source, prefix
         self._seen: set[str] = set()
 

@@ -12,13 +12,14 @@ import glob
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from megrez_gguf.checkpoint.documents import CONFIG, GENERATION, INDEX
 from megrez_gguf.checkpoint.hub_clients import HUBS, Hub, HubName, chain, is_disk_full
 from megrez_gguf.checkpoint.location import Location, origin
-from megrez_gguf.checkpoint.shards import INDEX, SINGLE, announced_shards
 from megrez_gguf.errors import SourceError
 from megrez_gguf.text import Say, few, silent
 
@@ -27,8 +28,8 @@ SMALL_FILES = (
     "README.md",
     "chat_template.jinja",
     "chat_template.json",
-    "config.json",
-    "generation_config.json",
+    CONFIG,
+    GENERATION,
     INDEX,
     "special_tokens_map.json",
     "tokenizer.json",
@@ -44,18 +45,23 @@ _FILES = (".gguf", ".safetensors", ".json")
 
 
 def resolve(
-    source: str | os.PathLike[str], *, revision: str | None = None, say: Say = silent
+    source: str | os.PathLike[str],
+    announced: Callable[[Path], tuple[Sequence[str], int | None]],
+    *,
+    revision: str | None = None,
+    say: Say = silent,
 ) -> Location:
     """The folder or file that `source` names, fetched first if it is a repository's id.
 
     What exists here wins. Otherwise "owner/name" and "hf:owner/name" are repositories on Hugging
     Face and "modelscope:owner/name" one on ModelScope; "@REVISION" after the id does the same as
-    `revision`. A `Path` is never an id. `say` gets one line before weights are fetched; progress
-    bars go to stderr, and nothing to stdout.
+    `revision`. A `Path` is never an id. `announced` tells what shards a fetched folder without its
+    weights should have, and their bytes, or raises for another kind of model. `say` gets one line
+    before weights are fetched; progress bars go to stderr, and nothing to stdout.
 
     Raises SourceError: no such path or repository, no access, no network, no space, a download that
-    stopped, or a client library that is not installed. Raises ConfigError, and CheckpointError for
-    the index, if the repository holds another kind of model; its weights are then not fetched.
+    stopped, or a client library that is not installed. What `announced` raises comes before weights
+    are fetched.
     """
     text = os.fspath(source)
     if os.path.exists(text):  # noqa: PTH110 (a string may be no path at all)
@@ -65,7 +71,7 @@ def resolve(
                 f"out, or write hf:{text} for the repository of that name"
             )
         return origin(Path(text))
-    return _fetch(_parse(source, revision), say)
+    return _fetch(_parse(source, revision), announced, say)
 
 
 # --- reading the argument ----------------------------------------------------------------------
@@ -104,14 +110,16 @@ def _parse(source: str | os.PathLike[str], revision: str | None) -> _Wanted:
 # --- fetching ----------------------------------------------------------------------------------
 
 
-def _fetch(wanted: _Wanted, say: Say) -> Location:
+def _fetch(
+    wanted: _Wanted, announced: Callable[[Path], tuple[Sequence[str], int | None]], say: Say
+) -> Location:
     folder = _download(wanted, wanted.revision, SMALL_FILES, say)
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{wanted}: holds no config.json; give the repository with the original safetensors "
             "weights, not one of GGUF files or an adapter"
         )
-    names, total = announced_shards(folder)
+    names, total = announced(folder)
     found = origin(folder)
     # On the commit the small files came from: a branch may move between the two.
     revision = found.revision if wanted.hub == "huggingface" else wanted.revision
@@ -122,7 +130,7 @@ def _fetch(wanted: _Wanted, say: Say) -> Location:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise SourceError(
             f"{wanted}: {few(missing)} not found in "
-            f"the repository; weights must be safetensors, in {SINGLE} or as {INDEX} names them"
+            f"the repository; weights must be safetensors, in one file or as {INDEX} names them"
         )
     # The name of an older client's ModelScope cache folder tells nothing.
     return Location(folder, wanted.hub, wanted.repository, found.revision or wanted.revision)

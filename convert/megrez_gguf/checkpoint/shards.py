@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from megrez_gguf.checkpoint.config import ModelConfig, read_config
-from megrez_gguf.checkpoint.json_file import load_json, read_object
+from megrez_gguf.checkpoint import hub
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.documents import INDEX, Documents
+from megrez_gguf.checkpoint.json_file import load_json
 from megrez_gguf.checkpoint.location import Location
-from megrez_gguf.errors import CheckpointError, ConfigError
+from megrez_gguf.errors import CheckpointError
 from megrez_gguf.storage.tensor import Shard, Tensor
-from megrez_gguf.text import clip, few
+from megrez_gguf.text import Say, clip, few, silent
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SUFFIX = ".safetensors"
 
 # The format's own limit on the JSON header.
 MAX_HEADER = 100_000_000
@@ -46,11 +48,8 @@ class Checkpoint:
     """A checkpoint folder: its configuration, and all its tensors by published name."""
 
     place: Location
+    documents: Documents
     config: ModelConfig
-    raw_config: Mapping[str, Any]
-    """`config.json` as it is."""
-    generation: Mapping[str, Any]
-    """`generation_config.json` as it is; empty without the file."""
     tensors: Mapping[str, Tensor]
     shards: tuple[Shard, ...]
     notes: tuple[str, ...] = field(default=())
@@ -63,16 +62,14 @@ class Checkpoint:
     def open(cls, place: Location | Path) -> Checkpoint:
         """Read the configuration, the index and every shard's header.
 
-        Raises ConfigError as `ModelConfig.from_dict` does, and for a generation_config.json that is
-        no JSON object; CheckpointError: no safetensors file, a shard missing, damaged or hostile, a
+        Raises ConfigError and CheckpointError as `Documents.read` and `ModelConfig.of` do, and
+        CheckpointError: no safetensors file, a shard missing, damaged or hostile, a
         tensor in two shards, or an index that disagrees with the shards in either direction.
         """
         place = Location(place) if isinstance(place, Path) else place
+        documents = Documents.read(place.path)
+        config, index = ModelConfig.of(documents), Index.of(documents)
         folder = place.path
-        raw_config = read_config(folder)
-        config = ModelConfig.from_dict(raw_config, source=str(folder / "config.json"))
-        generation = read_object(folder / "generation_config.json", ConfigError) or {}
-        index = read_index(folder)
         names = _shard_names(folder, index)
         tensors: dict[str, Tensor] = {}
         shards = []
@@ -94,7 +91,18 @@ class Checkpoint:
                 notes = (
                     f"{INDEX} says the weights take {index.total_size} bytes; they take {total}",
                 )
-        return cls(place, config, raw_config, generation, tensors, tuple(shards), notes)
+        return cls(place, documents, config, tensors, tuple(shards), notes)
+
+    @classmethod
+    def find(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        say: Say = silent,
+    ) -> Checkpoint:
+        """`open` what `source` names, fetched first if it is a repository: see `hub.resolve`."""
+        return cls.open(hub.resolve(source, announced_shards, revision=revision, say=say))
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if any shard changed since the checkpoint was opened."""
@@ -109,8 +117,32 @@ class Checkpoint:
 class Index:
     """What `model.safetensors.index.json` says: the shard of each tensor, and their size in all."""
 
-    weight_map: dict[str, str]
+    weight_map: Mapping[str, str]
     total_size: int | None
+
+    @classmethod
+    def of(cls, documents: Documents) -> Index | None:
+        """The index of a checkpoint, None without one.
+
+        Raises CheckpointError: it names no tensor, or what cannot be a shard.
+        """
+        if documents.index is None:
+            return None
+        path, entries = documents.folder / INDEX, documents.index.get("weight_map")
+        if not isinstance(entries, dict) or not entries:
+            raise CheckpointError(
+                f"{path}: expected an object `weight_map` naming at least one tensor"
+            )
+        for tensor, name in entries.items():
+            # A name from a downloaded file must not reach outside the folder.
+            if not isinstance(name, str) or not name.endswith(_SUFFIX) or not _is_plain(name):
+                raise CheckpointError(
+                    f"{path}: tensor {tensor}: {name!r} is not the name of a {_SUFFIX} file in "
+                    "this folder"
+                )
+        meta = documents.index.get("metadata")
+        total = meta.get("total_size") if isinstance(meta, dict) else None
+        return cls(entries, total if type(total) is int else None)
 
 
 def announced_shards(folder: Path) -> tuple[list[str], int | None]:
@@ -118,35 +150,12 @@ def announced_shards(folder: Path) -> tuple[list[str], int | None]:
 
     Raises ConfigError and CheckpointError for what tells of another kind of model, or no index.
     """
-    ModelConfig.from_dict(read_config(folder), source=str(folder / "config.json"))
-    index = read_index(folder)
+    documents = Documents.read(folder)
+    ModelConfig.of(documents)
+    index = Index.of(documents)
     if index is None:
         return [SINGLE], None
     return sorted(set(index.weight_map.values())), index.total_size
-
-
-def read_index(folder: Path) -> Index | None:
-    """The index of a checkpoint folder, None without one. Raises CheckpointError."""
-    path = folder / INDEX
-    try:
-        raw = load_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {e}") from None
-    entries = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(entries, dict) or not entries:
-        raise CheckpointError(f"{path}: expected an object `weight_map` naming at least one tensor")
-    for tensor, name in entries.items():
-        # A name from a downloaded file must not reach outside the folder.
-        if not isinstance(name, str) or not name.endswith(".safetensors") or not _is_plain(name):
-            raise CheckpointError(
-                f"{path}: tensor {tensor}: {name!r} is not the name of a .safetensors file in this "
-                "folder"
-            )
-    meta = raw.get("metadata")
-    total = meta.get("total_size") if isinstance(meta, dict) else None
-    return Index(entries, total if type(total) is int else None)
 
 
 def _is_plain(name: str) -> bool:
@@ -193,7 +202,9 @@ def _single_shard(folder: Path, present: list[str]) -> str:
     raise CheckpointError(f"{folder}: no .safetensors file in this folder")
 
 
-def _compare_index(path: Path, weight_map: dict[str, str], tensors: Mapping[str, Tensor]) -> None:
+def _compare_index(
+    path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
     if absent := [n for n in weight_map if n not in tensors]:
         raise CheckpointError(
             f"{path}: names {few(absent)}, and no shard holds "

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
+from megrez_gguf.checkpoint.documents import Documents
 from megrez_gguf.checkpoint.json_file import read_object
 from megrez_gguf.errors import TokenizerError
 from megrez_gguf.format.writer import KeyValues
@@ -80,35 +80,25 @@ class Vocabulary:
         return values
 
 
-def read_vocabulary(
-    folder: Path,
-    vocab_size: int,
-    *,
-    model_config: Mapping[str, Any],
-    generation: Mapping[str, Any],
-) -> Vocabulary:
-    """Read the tokenizer of a checkpoint folder, padded to `vocab_size` tokens.
+def read_vocabulary(documents: Documents, vocab_size: int) -> Vocabulary:
+    """The tokenizer in the folder of `documents`, padded to `vocab_size` tokens.
 
-    `model_config` and `generation` are config.json and generation_config.json, which may name the
-    special tokens that the tokenizer's own files do not.
+    config.json and generation_config.json may name the special tokens that the tokenizer's own
+    files do not.
 
     Raises TokenizerError: a file missing or damaged, a tokenizer that is no byte-level BPE or that
     llama.cpp would apply differently, ids that collide or leave holes, more tokens than rows in
     the embedding, or no end-of-text token.
     """
-    return _Builder(folder, model_config, generation).build(vocab_size)
+    return _Builder(documents).build(vocab_size)
 
 
 class _Builder:
-    def __init__(
-        self, folder: Path, model_config: Mapping[str, Any], generation: Mapping[str, Any]
-    ) -> None:
-        self.folder = folder
-        self.model_config, self.generation = model_config, generation
-        self.path = folder / "tokenizer.json"
-        self.json = self._object("tokenizer.json", required=True)
-        self.config = self._object("tokenizer_config.json")
-        self.map = self._object("special_tokens_map.json")
+    def __init__(self, documents: Documents) -> None:
+        self.folder = documents.folder
+        self.model_config, self.generation = documents.config, documents.generation
+        self.path = self.folder / "tokenizer.json"
+        self.json, self.config, self.map = self._objects()
         self.warnings: list[str] = []
 
     def build(self, vocab_size: int) -> Vocabulary:
@@ -123,6 +113,10 @@ class _Builder:
         add_bos, add_eos = self._post_processor(special)
         self._check_overlaps(added)
         padding = vocab_size - len(tokens)
+        if padding:
+            self.warnings.append(
+                f"the vocabulary was padded by {padding} unused tokens to vocab_size"
+            )
         tokens += self._padding(ids, len(tokens), vocab_size)
         types += [UNUSED] * padding
         return Vocabulary(
@@ -143,14 +137,16 @@ class _Builder:
     def fail(self, reason: str) -> NoReturn:
         raise TokenizerError(f"{self.path}: {reason}")
 
-    def _object(self, name: str, required: bool = False) -> dict[str, Any]:
-        raw = read_object(self.folder / name, TokenizerError)
-        if raw is None and required:
+    def _objects(self) -> list[dict[str, Any]]:
+        """The tokenizer's own files; empty where one is missing that may be."""
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        found = [read_object(self.folder / name, TokenizerError) for name in names]
+        if found[0] is None:
             raise TokenizerError(
-                f"{self.folder}: no {name}; save the tokenizer with transformers' fast tokenizer "
-                "class first"
+                f"{self.folder}: no {names[0]}; save the tokenizer with transformers' fast "
+                "tokenizer class first"
             )
-        return raw or {}
+        return [raw or {} for raw in found]
 
     def _model(self) -> tuple[dict[str, int], list[str], bool]:
         """Vocabulary, merges as "left right", ignore_merges."""
@@ -428,7 +424,9 @@ class _Builder:
             pass
         except (OSError, UnicodeDecodeError) as e:
             raise TokenizerError(f"{path}: cannot be read: {e}") from None
-        raw = self._object("chat_template.json").get("chat_template")
+        raw = (read_object(self.folder / "chat_template.json", TokenizerError) or {}).get(
+            "chat_template"
+        )
         raw = raw or self.config.get("chat_template")
         if raw is None:
             self.warnings.append("the checkpoint has no chat template")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megrez_gguf.checkpoint import hub
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion.metadata import HASHES
 from megrez_gguf.conversion.plan import Conversion, ConvertResult, plan, wanted
@@ -103,9 +102,10 @@ def plan_convert(
 ) -> Conversion:
     """All of `convert` but reading and writing the weights. Raises as it does."""
     mix = wanted(outtype, recipe)
-    place = hub.resolve(checkpoint, revision=revision, say=say)
+    found = Checkpoint.find(checkpoint, revision=revision, say=say)
+    model = from_checkpoint(found)
     return plan(
-        from_checkpoint(Checkpoint.open(place)),
+        model,
         out,
         mix,
         weights=imatrix,
@@ -125,8 +125,9 @@ def plan_quantize(
 ) -> Conversion:
     """All of `quantize` but reading and writing the weights. Raises as it does."""
     mix = wanted(outtype, recipe)
+    model = from_gguf(Path(source), drop=frozenset({HASHES}))
     return plan(
-        from_gguf(Path(source), drop=frozenset({HASHES})),
+        model,
         out,
         mix,
         weights=imatrix,

@@ -182,6 +182,11 @@ class Target:
         """Number of elements."""
         return sum(t.size for t in self.sources)
 
+    @property
+    def dtype(self) -> str:
+        """The type most of its sources are stored in."""
+        return Counter(t.dtype for t in self.sources).most_common(1)[0][0]
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -192,6 +197,12 @@ class Layout:
     """Source tensors that are left out on purpose, and why."""
     tied_copy: tuple[Tensor, Tensor] | None = None
     """`lm_head` and embeddings that must be equal, because the configuration ties them."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know of what is left out."""
+        reasons = Counter(self.skipped.values())
+        return [f"{count} tensors left out: {reason}" for reason, count in reasons.items()]
 
 
 def plan(checkpoint: Checkpoint) -> Layout:

@@ -14,6 +14,7 @@ from megrez_llama import ARCH
 
 if TYPE_CHECKING:
     from megrez_gguf.checkpoint.location import Location
+    from megrez_gguf.checkpoint.shards import Checkpoint
 
 # Prefix of the keys that say how a file was made; llama.cpp does not read them.
 OURS = "megrez-gguf"
@@ -35,6 +36,16 @@ _SAMPLING_KEYS: dict[str, tuple[str, type[int] | type[float]]] = {
     "min_p": ("general.sampling.min_p", float),
     "repetition_penalty": ("general.sampling.penalty_repeat", float),
 }
+
+
+def key_values(checkpoint: Checkpoint, parameters: int) -> dict[str, Any]:
+    """All keys but the tokenizer's. `parameters` counts the stored weights."""
+    config, documents = checkpoint.config, checkpoint.documents
+    return {
+        **general(config, documents.config, checkpoint.place, parameters),
+        **architecture(config),
+        **sampling(documents.generation),
+    }
 
 
 def architecture(config: ModelConfig) -> KeyValues:

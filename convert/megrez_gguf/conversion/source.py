@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megrez_gguf.checkpoint.shards import Checkpoint
-from megrez_gguf.checkpoint.tokenizer import Vocabulary, read_vocabulary
+from megrez_gguf.checkpoint.tokenizer import read_vocabulary
 from megrez_gguf.conversion import layout, metadata
-from megrez_gguf.conversion.layout import Layout
 from megrez_gguf.conversion.stream import Item
-from megrez_gguf.errors import CheckpointError
 from megrez_gguf.format.reader import SPLIT, GGUFFile
 from megrez_gguf.format.writer import KeyValues
 from megrez_gguf.quantization.encode import encoding
-from megrez_gguf.storage.tensor import Shard, Tensor
+from megrez_gguf.storage.tensor import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,35 +56,17 @@ def from_checkpoint(checkpoint: Checkpoint) -> StoredModel:
     """
     config = checkpoint.config
     plan = layout.plan(checkpoint)
-    vocabulary = read_vocabulary(
-        checkpoint.folder,
-        config.vocab_size,
-        model_config=checkpoint.raw_config,
-        generation=checkpoint.generation,
-    )
+    vocabulary = read_vocabulary(checkpoint.documents, config.vocab_size)
     if plan.tied_copy:
-        _check_equal(*plan.tied_copy)
-    general = metadata.general(
-        config, checkpoint.raw_config, checkpoint.place, sum(t.size for t in plan.targets)
-    )
+        plan.tied_copy[0].check_equal(plan.tied_copy[1], "config.json says tie_word_embeddings")
+    values = metadata.key_values(checkpoint, sum(t.size for t in plan.targets))
     return StoredModel(
-        name=str(general["general.name"]),
-        tensors=tuple(
-            Item(t.name, t.shape, t.sources, encoding(_commonest(t.sources))) for t in plan.targets
-        ),
+        name=str(values["general.name"]),
+        tensors=tuple(Item(t.name, t.shape, t.sources, encoding(t.dtype)) for t in plan.targets),
         f32=frozenset(t.name for t in plan.targets if t.f32),
-        values={
-            **general,
-            **metadata.architecture(config),
-            **metadata.sampling(checkpoint.generation),
-            **vocabulary.key_values(),
-        },
+        values={**values, **vocabulary.key_values()},
         shards=checkpoint.shards,
-        warnings=(
-            *checkpoint.notes,
-            *vocabulary.warnings,
-            *_remarks(checkpoint, plan, vocabulary),
-        ),
+        warnings=(*checkpoint.notes, *vocabulary.warnings, *config.remarks, *plan.remarks),
         check_consumed=lambda names: layout.check_ledger(checkpoint, plan, names),
     )
 
@@ -107,29 +85,3 @@ def from_gguf(path: Path, drop: frozenset[str]) -> StoredModel:
         values={key: value for key, value in file.raw.items() if key not in dropped},
         shards=file.shards,
     )
-
-
-def _commonest(tensors: Sequence[Tensor]) -> str:
-    return Counter(t.dtype for t in tensors).most_common(1)[0][0]
-
-
-def _remarks(checkpoint: Checkpoint, plan: Layout, vocabulary: Vocabulary) -> Iterator[str]:
-    if unknown := checkpoint.config.unknown_fields:
-        yield f"config.json has fields nobody here knows: {', '.join(unknown)}"
-    if vocabulary.padding:
-        yield f"the vocabulary was padded by {vocabulary.padding} unused tokens to vocab_size"
-    for reason, count in Counter(plan.skipped.values()).items():
-        yield f"{count} tensors left out: {reason}"
-
-
-def _check_equal(head: Tensor, embeddings: Tensor) -> None:
-    """A tied `lm_head` may be stored as well, if it says the same."""
-    same = head.dtype == embeddings.dtype and all(
-        np.array_equal(a.view(np.uint8), b.view(np.uint8))
-        for a, b in zip(head.chunks(), embeddings.chunks(), strict=True)
-    )
-    if not same:
-        raise CheckpointError(
-            f"{head.shard.path}: tensor {head.name} differs from {embeddings.name}, and "
-            "config.json says tie_word_embeddings: one of them is wrong"
-        )

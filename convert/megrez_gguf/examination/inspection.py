@@ -12,7 +12,7 @@ import numpy as np
 
 from megrez_gguf.checkpoint import hub
 from megrez_gguf.checkpoint.location import Location
-from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_gguf.checkpoint.shards import Checkpoint, announced_shards
 from megrez_gguf.conversion import layout, metadata
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.reader import GGUFFile
@@ -86,7 +86,7 @@ def inspect(
     checkpoint that cannot be converted for its structure, GGUFError for a file that is damaged or
     no Megrez2 model.
     """
-    place = hub.resolve(path, revision=revision, say=say)
+    place = hub.resolve(path, announced_shards, revision=revision, say=say)
     if not place.path.is_file():
         report, sources = _checkpoint(place)
     else:

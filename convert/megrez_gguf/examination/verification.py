@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megrez_gguf.checkpoint import hub
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion import metadata
 from megrez_gguf.conversion.source import from_checkpoint
@@ -74,19 +73,21 @@ def verify(
         raise ConfigError(f"{path}: has no hashes of its own; give the checkpoint to compare with")
     if checkpoint is None and revision is not None:
         raise ConfigError(f"revision {revision!r}: of which repository? give the checkpoint, too")
-    place = None if checkpoint is None else hub.resolve(checkpoint, revision=revision, say=say)
+    origin = None
+    if checkpoint is not None:
+        origin = Checkpoint.find(checkpoint, revision=revision, say=say)
     notes = []
     if stale:
         notes.append(
             f"{stale} recorded hashes are of other types than the tensors have: another program "
             "wrote this file from the one that was hashed; they were left out"
         )
-    failures = [*_check_hashes(file, recorded, progress if place is None else None)]
+    failures = [*_check_hashes(file, recorded, progress if origin is None else None)]
     compared = 0
-    if place is not None:
+    if origin is not None:
         damaged = {failure.split(":", 1)[0] for failure in failures}
         sound = recorded.keys() - damaged
-        source = from_checkpoint(Checkpoint.open(place))
+        source = from_checkpoint(origin)
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]
