@@ -300,7 +300,7 @@ def favourites(model: Path) -> float:
 
     with Engine(model, 256) as engine:
         ids = np.random.default_rng(SEED).integers(0, engine.vocab_size, 256, dtype=np.int32)
-        nodes = engine.run(ids, 255, ["ffn_moe_topk"]).nodes
+        nodes = engine.run(ids, first=255, capture=["ffn_moe_topk"]).nodes
     shares = []
     for chosen in nodes.values():
         counts = np.sort(np.bincount(chosen.ravel(), minlength=64))[::-1]
@@ -325,7 +325,7 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         print(f"{model.name}: {text}", file=sys.stderr, flush=True)
 
     progress("disk")
-    disk = measure("disk", model, None, piece=needs.slot // 3, readers=args.readers)
+    disk = measure("disk", model, None, piece=needs.slot_bytes // 3, readers=args.readers)
     rows = []
     for percent in args.limits:
         limit = model.stat().st_size * percent // 100
@@ -333,7 +333,7 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         runs = []
         for _ in range(args.repeats):
             memory = measure("store", model, None, ram=0, **quick)["rate"]
-            run = measure("store", model, limit, ram=limit, piece=needs.slot // 3, **decode)
+            run = measure("store", model, limit, ram=limit, piece=needs.slot_bytes // 3, **decode)
             missed = run["missed_bytes"]
             roof = min(memory, run["disk"] / missed) if missed else memory
             runs.append(
@@ -352,7 +352,9 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     if args.pair:
         progress("all in memory, with a store and without, side by side")
         pair = decode | {"tokens": args.pair * args.block}
-        result["pair"] = measure("pair", model, None, ram=needs.slots * needs.slot, **pair)
+        result["pair"] = measure(
+            "pair", model, None, ram=needs.n_experts * needs.slot_bytes, **pair
+        )
     if args.prefill in args.limits:
         progress(f"prompt of {PROMPT} at {args.prefill}%")
         limit = model.stat().st_size * args.prefill // 100

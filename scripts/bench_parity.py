@@ -29,7 +29,7 @@ def bare(gguf: Path, checkpoint: Path, texts: list[Path], context: int, windows:
     with Engine(gguf, context) as engine:
         begin = time.perf_counter()
         for window in corpus.windows:
-            engine.run(window.tokens, context // 2)
+            engine.run(window.tokens, first=context // 2)
         return time.perf_counter() - begin
 
 

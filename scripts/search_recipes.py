@@ -181,7 +181,7 @@ class Meter:
             with Engine(self._file, len(self._windows[0].tokens)) as engine:
                 for i, window in enumerate(self._windows):
                     half = len(window.tokens) // 2
-                    logits = engine.run(window.tokens, half).logits[:-1]
+                    logits = engine.run(window.tokens, first=half).logits[:-1]
                     targets = window.tokens[half + 1 :]
                     comparison.add(self._reference.logits(i), logits, targets, window.domain)
         finally:

@@ -54,7 +54,7 @@ def recorded(model: Path, text: Path, tokens: int) -> tuple[Routing, list[int]]:
     names = {tensor.name for tensor in GGUFFile.open(model).tensors}
     with Engine(model, tokens) as engine:
         ids = np.asarray(engine.tokenize(text.read_text("utf-8"))[:tokens], np.int32)
-        nodes = engine.run(ids, 0, ["ffn_moe_topk"]).nodes
+        nodes = engine.run(ids, capture=["ffn_moe_topk"]).nodes
     layers = sorted(nodes, key=lambda node: node[1])
     owners = [f"blk.{layer}.ffn_up_exps.weight" in names for _, layer in layers]
     pools = (np.cumsum(owners) - 1).tolist()

@@ -158,7 +158,7 @@ class Engine:
         return self.run(tokens).logits
 
     def run(
-        self, tokens: NDArray[np.int32], first: int = 0, capture: Collection[str] = ()
+        self, tokens: NDArray[np.int32], *, first: int = 0, capture: Collection[str] = ()
     ) -> Outputs:
         """Evaluate a fresh sequence `tokens` `[S]`; outputs are those of positions `first` on.
 

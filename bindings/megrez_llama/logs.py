@@ -25,7 +25,7 @@ class Log:
         self._level = 0
         self._callback: Any = None
 
-    def install(self, llama_cpp: ModuleType, verbose: bool = False) -> None:
+    def install(self, llama_cpp: ModuleType, *, verbose: bool = False) -> None:
         """Receive everything from now on, and forget what was received.
 
         `verbose` passes each line on to stderr.

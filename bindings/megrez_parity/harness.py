@@ -107,7 +107,7 @@ def measure(
             key = cache_key(config, folder, tokens, weights)
             cache = (cache_folder() / "parity" if large else scratch / "reference") / key
         # Before the reference: an importance matrix that cannot be read is told at once.
-        maker = Maker(folder, scratch, say, calibration, imatrix)
+        maker = Maker(folder, scratch, say=say, calibration=calibration, imatrix_file=imatrix)
         reference = StoredReference(config, folder, tokens, cache, weights, say)
         reference.run()
         judge = _Judge(config, folder, corpus, reference, scratch, trace)
@@ -193,7 +193,7 @@ class _Judge:
                 traced = i in self._traced
                 capture = {*CAPTURE, *tracing.CAPTURE} if traced else CAPTURE
                 start = time.perf_counter()
-                outputs = engine.run(tokens, half, capture)
+                outputs = engine.run(tokens, first=half, capture=capture)
                 ran = time.perf_counter()
                 # The last position has no next token to score.
                 logits = outputs.logits[:-1]

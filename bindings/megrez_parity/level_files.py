@@ -53,7 +53,7 @@ class Made:
     fallbacks: list[Fallback]
 
 
-def check(level: str, calibrated: bool = True) -> None:
+def check(level: str, *, calibrated: bool = True) -> None:
     """Raise ConfigError unless `level` names one that can be made.
 
     `calibrated` tells whether there is what an importance matrix comes from.
@@ -93,6 +93,7 @@ class Maker:
         self,
         checkpoint: Path,
         folder: Path,
+        *,
         say: Say = silent,
         calibration: Sequence[NDArray[np.int32]] = (),
         imatrix_file: Path | None = None,
@@ -107,7 +108,7 @@ class Maker:
 
         Raises ConfigError as `check` does, and what converting, quantizing and loading raise.
         """
-        check(level, self._imatrix is not None or len(self._calibration) > 0)
+        check(level, calibrated=self._imatrix is not None or len(self._calibration) > 0)
         path = self._folder / f"{level.replace('/', '-')}.gguf"
         try:
             yield Made(path, self._make(level, path))

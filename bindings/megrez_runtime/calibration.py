@@ -85,14 +85,15 @@ def calibrate(
             "expected at least 1 text or matrix, and 1 of the others"
         )
     contents = [_read(path) for path in texts]
+    inputs = (*([model] if model else ()), *texts, *merge)
     # All that can be refused is, before an hour of computing.
-    with OutputFiles([out], force, (*([model] if model else ()), *texts, *merge)) as file:
+    with OutputFiles([out], force=force, inputs=inputs) as file:
         parts = _earlier(merge, model, n_ctx if texts else None, say)
         if texts:
             if model is None:
                 raise ConfigError(f"{texts[0]}: no model to run over it")
             named = list(zip(texts, contents, strict=True))
-            with _Collector(model, n_ctx, process_output) as collector:
+            with _Collector(model, n_ctx, process_output=process_output) as collector:
                 collector.add(_windows(collector, named, n_chunks, parse_special, say), progress)
                 names = [os.fsencode(path).decode("utf-8", "replace") for path in texts]
                 parts.append(collector.imatrix(names))
@@ -176,8 +177,8 @@ class _Enough(Exception):
 class _Collector(Engine):
     """Adds up the squares of what enters each matrix."""
 
-    def __init__(self, path: Path, context: int, process_output: bool = False) -> None:
-        super().__init__(path, context, n_threads=available_cpus())
+    def __init__(self, path: Path, n_ctx: int, *, process_output: bool = False) -> None:
+        super().__init__(path, n_ctx, n_threads=available_cpus())
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
         self._chunks = 0

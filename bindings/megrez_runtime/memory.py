@@ -29,15 +29,15 @@ class Needs:
     """Sizes in bytes, read off a file's header."""
 
     path: Path
-    program: int
+    program_bytes: int
     """The process without the model; as it is now, if that is more than usual."""
-    experts: int
+    expert_bytes: int
     """All routed experts."""
-    others: int
+    other_bytes: int
     """All other weights."""
-    slot: int
+    slot_bytes: int
     """Memory for one expert of any layer."""
-    pools: int
+    n_pools: int
     n_expert: int
     """In a pool."""
     n_used: int
@@ -53,7 +53,7 @@ class Needs:
     """Of every token of a batch, not just of the last."""
 
     @classmethod
-    def of(cls, file: GGUFFile, path: Path, all_logits: bool = False) -> Needs:
+    def of(cls, file: GGUFFile, path: Path, *, all_logits: bool = False) -> Needs:
         """Raises GGUFError: a key is missing or no number. The loader judges all the rest."""
 
         def number(key: str) -> int:
@@ -81,11 +81,11 @@ class Needs:
                     n_vocab = tensor.shape[0]
         return cls(
             path=path,
-            program=max(BASELINE, resident_memory() or 0),
-            experts=experts,
-            others=others,
-            slot=max(slots.values(), default=0),
-            pools=len(slots),
+            program_bytes=max(BASELINE, resident_memory() or 0),
+            expert_bytes=experts,
+            other_bytes=others,
+            slot_bytes=max(slots.values(), default=0),
+            n_pools=len(slots),
             n_expert=n_expert,
             n_used=number("expert_used_count"),
             n_embd=number("embedding_length"),
@@ -98,13 +98,13 @@ class Needs:
         )
 
     @property
-    def slots(self) -> int:
-        """Experts in the file."""
-        return self.pools * self.n_expert
+    def n_experts(self) -> int:
+        """Routed experts in the file, of all pools."""
+        return self.n_pools * self.n_expert
 
     def at_once(self, n_ubatch: int) -> int:
         """Bytes of the experts that one layer may use for a batch."""
-        return min(self.n_expert, self.n_used * n_ubatch) * self.slot
+        return min(self.n_expert, self.n_used * n_ubatch) * self.slot_bytes
 
     def working(self, n_ctx: int, n_ubatch: int) -> int:
         """Bytes of KV cache (16 bits an element) and compute buffers, about."""
@@ -122,15 +122,20 @@ class Needs:
     def scratch(self, n_ubatch: int) -> int:
         """Bytes the matrix products need besides, which no buffer of llama.cpp's accounts for."""
         rows = n_ubatch * self.n_used
-        return rows * (2 * self.n_embd + 8 * self.slots)
+        return rows * (2 * self.n_embd + 8 * self.n_experts)
 
     def everything(self, n_ctx: int, n_ubatch: int) -> int:
         """Bytes of a process that keeps all experts in memory."""
-        return self.program + self.others + self.experts + self.working(n_ctx, n_ubatch)
+        return (
+            self.program_bytes
+            + self.other_bytes
+            + self.expert_bytes
+            + self.working(n_ctx, n_ubatch)
+        )
 
     def least(self, n_ctx: int, n_ubatch: int = 1) -> int:
         """Bytes of a process that keeps the experts of one layer in memory."""
-        fixed = self.program + SLACK + self.others + self.working(n_ctx, n_ubatch)
+        fixed = self.program_bytes + SLACK + self.other_bytes + self.working(n_ctx, n_ubatch)
         return fixed + self.at_once(n_ubatch)
 
 
@@ -149,7 +154,7 @@ def batch_for(needs: Needs, ram: int, n_ctx: int) -> int:
     least = needs.least(n_ctx)
     raise MemoryBudgetError(
         f"{needs.path}: {format_size(ram)} are too little: with a context of {n_ctx} tokens the "
-        f"model needs at least {-(-least >> 20)} MiB ({format_size(needs.others)} of weights that "
-        f"every token uses, {format_size(needs.working(n_ctx, 1))} for context and computing, "
+        f"model needs at least {-(-least >> 20)} MiB ({format_size(needs.other_bytes)} of weights "
+        f"that every token uses, {format_size(needs.working(n_ctx, 1))} for context and computing, "
         f"{format_size(needs.at_once(1))} for the experts of one layer, and the program)"
     )

@@ -77,7 +77,7 @@ def load(
     from jinja2 import TemplateError
 
     all_logits = any(options.get(name) for name in ("logits_all", "draft_model", "embedding"))
-    plan = _plan(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"), all_logits)
+    plan = _plan_store(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"), all_logits)
     if plan:
         overrides = {**(options.get("kv_overrides") or {}), expert_store.CACHE_KEY: plan.cache}
         batches = {
@@ -88,7 +88,7 @@ def load(
         options = batches | options | {"kv_overrides": overrides, "use_mmap": False}
         n_gpu_layers = 0
 
-    log.install(llama_cpp, verbose)
+    log.install(llama_cpp, verbose=verbose)
     threads = n_threads or available_cpus()
     options = {"n_threads_batch": threads} | options
     try:
@@ -127,7 +127,7 @@ def load(
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _StorePlan:
     """A store to load: `cache` bytes at most, within `ram` bytes for the process unless None."""
 
     needs: Needs
@@ -164,7 +164,7 @@ class _Plan:
         )
 
 
-def _plan(
+def _plan_store(
     file: GGUFFile,
     path: Path,
     n_ctx: int,
@@ -172,14 +172,14 @@ def _plan(
     cache: int | str | None,
     n_ubatch: int | None,
     all_logits: bool,
-) -> _Plan | None:
+) -> _StorePlan | None:
     """What to load with, or None if all experts are to be in memory."""
     if cache is not None:
         cache = parse_size(cache) if isinstance(cache, str) else cache
-        needs = Needs.of(file, path, all_logits)
+        needs = Needs.of(file, path, all_logits=all_logits)
         fitting = [n for n in UBATCHES if needs.at_once(n) <= cache]
         chosen = n_ubatch or (fitting[0] if fitting else 1)
-        return _Plan(needs, file, cache, None, chosen, "expert cache")
+        return _StorePlan(needs, file, cache, None, chosen, "expert cache")
     if ram == "off":
         return None
     if ram == "auto":
@@ -191,10 +191,10 @@ def _plan(
     else:
         ram = parse_size(ram) if isinstance(ram, str) else ram
         reason = f"within {format_size(ram)}"
-    needs = Needs.of(file, path, all_logits)
+    needs = Needs.of(file, path, all_logits=all_logits)
     if needs.everything(n_ctx, n_ubatch or UBATCHES[0]) <= ram:
         return None
-    return _Plan(needs, file, ram, ram, n_ubatch or batch_for(needs, ram, n_ctx), reason)
+    return _StorePlan(needs, file, ram, ram, n_ubatch or batch_for(needs, ram, n_ctx), reason)
 
 
 def _forget_pages(path: Path) -> None:

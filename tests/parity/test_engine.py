@@ -80,7 +80,7 @@ def compare(folder: Path, gguf: Path, tokens: NDArray[np.int32]) -> set[str]:
     """Hold every captured node against the reference; the names there were."""
     config, expected = reference(folder, tokens)
     with Engine(gguf, CONTEXT) as engine:
-        nodes = engine.run(tokens, FIRST, NAMES).nodes
+        nodes = engine.run(tokens, first=FIRST, capture=NAMES).nodes
     last = config.num_hidden_layers - 1
     for (name, layer), found in nodes.items():
         n = CONTEXT - FIRST if layer in (last, -1) and name not in WHOLE else CONTEXT
@@ -129,12 +129,14 @@ def test_nodes_of_other_configurations(
 
 
 def test_the_last_outputs_only(engine: Engine, tokens: NDArray[np.int32]) -> None:
-    whole, part = engine.run(tokens), engine.run(tokens, FIRST)
+    whole, part = engine.run(tokens), engine.run(tokens, first=FIRST)
     assert part.logits.shape == (CONTEXT - FIRST, engine.vocab_size)
     assert not part.nodes
     np.testing.assert_array_equal(part.logits, whole.logits[FIRST:])
     np.testing.assert_array_equal(engine.logits(tokens), whole.logits)
-    one = engine.run(tokens, CONTEXT - 1, ["ffn_moe_swiglu", "ffn_moe_weights", "l_out"]).nodes
+    one = engine.run(
+        tokens, first=CONTEXT - 1, capture=["ffn_moe_swiglu", "ffn_moe_weights", "l_out"]
+    ).nodes
     last = max(layer for _, layer in one)
     shapes = {name: one[name, last].shape for name, _ in one}
     assert shapes == {
@@ -172,12 +174,12 @@ def test_looking_changes_no_bit(
             return params
 
     with Blind(path, CONTEXT) as engine:
-        blind = engine.run(tokens, FIRST, NAMES)
+        blind = engine.run(tokens, first=FIRST, capture=NAMES)
         assert not blind.nodes
     with Engine(path, CONTEXT) as engine:
-        unasked = engine.run(tokens, FIRST).logits
-        some = engine.run(tokens, FIRST, ROUTING).logits
-        all_of_it = engine.run(tokens, FIRST, NAMES).logits
+        unasked = engine.run(tokens, first=FIRST).logits
+        some = engine.run(tokens, first=FIRST, capture=ROUTING).logits
+        all_of_it = engine.run(tokens, first=FIRST, capture=NAMES).logits
     for logits in (unasked, some, all_of_it):
         np.testing.assert_array_equal(logits, blind.logits)
 
@@ -214,7 +216,7 @@ def test_bad_requests(engine: Engine, tokens: NDArray[np.int32]) -> None:
     with pytest.raises(ValueError, match="65 tokens for a context of 64"):
         engine.run(np.append(tokens, tokens[:1]))
     with pytest.raises(ValueError, match="outputs from position 64 on, of 64"):
-        engine.run(tokens, CONTEXT)
+        engine.run(tokens, first=CONTEXT)
     with pytest.raises(GGUFError, match=r"f32\.gguf: llama\.cpp cannot decode with it: .*token"):
         engine.run(tokens + 2880)
 

@@ -105,7 +105,7 @@ def test_a_pool_adds_up_all_layers_that_share_it(exact: Path) -> None:
     layers, experts = (1, 2, 3), 16
     with Engine(exact, 2048) as engine:
         tokens = engine.tokenize(TEXT.read_text("utf-8"))[:2048]
-        nodes = engine.run(tokens, 0, ("ffn_moe_topk", "ffn_norm", "ffn_moe_swiglu")).nodes
+        nodes = engine.run(tokens, capture=("ffn_moe_topk", "ffn_norm", "ffn_moe_swiglu")).nodes
     counts = np.zeros(experts, np.int64)
     sums = {"gate": np.zeros((experts, 256)), "up": np.zeros((experts, 256))}
     sums["down"] = np.zeros((experts, 64))

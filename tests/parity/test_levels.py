@@ -158,7 +158,7 @@ def test_nothing_to_calibrate_on(tmp_path: Path) -> None:
 
 def test_what_levels_share_is_made_once(tmp_path: Path, windows: list[NDArray[np.int32]]) -> None:
     said: list[str] = []
-    maker = Maker(POCKET, tmp_path, said.append, windows)
+    maker = Maker(POCKET, tmp_path, say=said.append, calibration=windows)
     for level in ("q4_0", "q4_0+imatrix", "q2_k+imatrix", "f16"):
         with maker.make(level) as made:
             assert [path.name for path in tmp_path.iterdir()] == [made.path.name]

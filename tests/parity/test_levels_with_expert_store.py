@@ -35,13 +35,13 @@ def maker(tmp_path_factory: pytest.TempPathFactory, windows: list[NDArray[np.int
 @pytest.mark.parametrize("level", LEVELS)
 def test_bit_identical(level: str, maker: Maker, windows: list[NDArray[np.int32]]) -> None:
     with maker.make(level) as made:
-        slot = Needs.of(GGUFFile.open(made.path), made.path).slot
+        slot = Needs.of(GGUFFile.open(made.path), made.path).slot_bytes
         with Engine(made.path, CONTEXT) as engine:
-            expected = engine.run(windows[0], CONTEXT // 2, NODES)
+            expected = engine.run(windows[0], first=CONTEXT // 2, capture=NODES)
         for slots in SLOTS:
             with Engine(made.path, CONTEXT, expert_cache=slots * slot) as engine:
                 for _ in range(2):  # with an empty store, and with one that is full
-                    found = engine.run(windows[0], CONTEXT // 2, NODES)
+                    found = engine.run(windows[0], first=CONTEXT // 2, capture=NODES)
                     np.testing.assert_array_equal(found.logits, expected.logits)
                     assert found.nodes.keys() == expected.nodes.keys()
                     for name, node in expected.nodes.items():

@@ -50,7 +50,7 @@ class Pocket:
         with Engine(path, CONTEXT) as engine:
             for i, tokens in enumerate(self.windows):
                 capture = {*routing.CAPTURE, *tracing.CAPTURE}
-                nodes = engine.run(tokens, CONTEXT // 2, capture).nodes
+                nodes = engine.run(tokens, first=CONTEXT // 2, capture=capture).nodes
                 comparison.add(self.reference, i, nodes)
                 kept.append(nodes)
         found = tracing.trace(
@@ -125,7 +125,7 @@ def test_other_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     with Engine(tmp_path / "f32.gguf", LENGTH) as engine:
         for i, tokens in enumerate(WINDOWS):
             capture = {*routing.CAPTURE, *tracing.CAPTURE}
-            kept.append(engine.run(tokens, LENGTH // 2, capture).nodes)
+            kept.append(engine.run(tokens, first=LENGTH // 2, capture=capture).nodes)
             comparison.add(reference, i, kept[i])
     for layer in comparison.layers():
         assert (layer.identical.value, layer.unfaithful) == (1, 0)

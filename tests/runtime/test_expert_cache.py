@@ -81,12 +81,14 @@ TOKENS = list(range(100, 130))
 def test_sizes_are_those_of_the_store(pocket: Path, large: Path) -> None:
     for path in (pocket, large):
         needs = needs_of(path)
-        llm = load(path, n_ctx=256, expert_cache=needs.slots * needs.slot)
+        llm = load(path, n_ctx=256, expert_cache=needs.n_experts * needs.slot_bytes)
         found = expert_stats(llm)
         assert found is not None
-        assert (found.slot_bytes, found.experts) == (needs.slot, needs.slots)
+        assert (found.slot_bytes, found.experts) == (needs.slot_bytes, needs.n_experts)
         assert found.slots == found.experts
-        assert needs.experts + needs.others == sum(t.nbytes for t in GGUFFile.open(path).tensors)
+        assert needs.expert_bytes + needs.other_bytes == sum(
+            t.nbytes for t in GGUFFile.open(path).tensors
+        )
         llm.close()
 
 
@@ -94,7 +96,7 @@ def test_an_expert_cache_changes_speed_and_nothing_else(pocket: Path) -> None:
     with_all = load(pocket, ram="off")
     assert expert_stats(with_all) is None
     expected = logits(with_all, TOKENS)
-    for cache in (needs_of(pocket).slot * 16, "1.5MiB", 10**9):
+    for cache in (needs_of(pocket).slot_bytes * 16, "1.5MiB", 10**9):
         told: list[str] = []
         llm = load(pocket, expert_cache=cache, say=told.append)
         np.testing.assert_array_equal(logits(llm, TOKENS), expected)
@@ -108,7 +110,7 @@ def test_an_expert_cache_changes_speed_and_nothing_else(pocket: Path) -> None:
 
 
 def test_small_caches_mean_small_batches(pocket: Path) -> None:
-    slot = needs_of(pocket).slot
+    slot = needs_of(pocket).slot_bytes
     for slots, n_ubatch in ((4, 1), (8, 2), (15, 2), (16, 512)):
         llm = load(pocket, expert_cache=slots * slot)
         assert llm.context_params.n_ubatch == n_ubatch
@@ -117,7 +119,7 @@ def test_small_caches_mean_small_batches(pocket: Path) -> None:
 
 
 def test_too_little_is_refused_with_the_least(pocket: Path) -> None:
-    slot = needs_of(pocket).slot
+    slot = needs_of(pocket).slot_bytes
     with pytest.raises(MemoryBudgetError, match=rf"at least {4 * slot} bytes are needed"):
         load(pocket, expert_cache=4 * slot - 1)
     with pytest.raises(MemoryBudgetError, match=rf"make it {16 * slot} bytes, or n_ubatch 3"):
@@ -158,7 +160,7 @@ def test_automatic_choice(pocket: Path, free: Callable[[int | None], None]) -> N
         llm.close()
     assert not told
     # too little for anything, and said so
-    free(needs.others)
+    free(needs.other_bytes)
     with pytest.raises(MemoryBudgetError, match="are too little"):
         load(pocket)
     load(pocket, ram="off").close()
@@ -171,7 +173,7 @@ def test_automatic_choice_keeps_experts_in_the_file(
     """However much the process has in memory already."""
     used = np.ones(others, np.uint8)
     needs = needs_of(large)
-    free(needs.others + 200 * MIB)
+    free(needs.other_bytes + 200 * MIB)
     told: list[str] = []
     llm = load(large, n_ctx=256, say=told.append)
     found = expert_stats(llm)
@@ -207,7 +209,7 @@ def test_estimates_agree_with_what_is_reserved(tmp_path: Path, all_logits: bool)
     make_checkpoint(config, tmp_path / "checkpoint")
     path = tmp_path / "narrow.gguf"
     convert(tmp_path / "checkpoint", path, outtype="f16")
-    needs = Needs.of(GGUFFile.open(path), path, all_logits)
+    needs = Needs.of(GGUFFile.open(path), path, all_logits=all_logits)
     for n_ctx in (256, 4096):
         for n_ubatch in (8, 64, 512):
             size = {"n_ctx": n_ctx, "n_ubatch": n_ubatch}
@@ -220,7 +222,7 @@ def test_estimates_agree_with_what_is_reserved(tmp_path: Path, all_logits: bool)
 
 
 def test_a_store_can_be_resized(pocket: Path) -> None:
-    slot = needs_of(pocket).slot
+    slot = needs_of(pocket).slot_bytes
     llm = load(pocket, expert_cache=32 * slot)
     expected = logits(llm, TOKENS)
     assert resize(llm, 16 * slot, 512)
@@ -255,7 +257,7 @@ def test_a_decode_that_cannot_read_fails(pocket: Path, tmp_path: Path) -> None:
     thread.start()
     try:
         with pytest.raises(DecodeError, match="the model's file has changed since it was loaded"):
-            bench(copy, n_prompt=0, n_decode=200, expert_cache=4 * needs_of(copy).slot)
+            bench(copy, n_prompt=0, n_decode=200, expert_cache=4 * needs_of(copy).slot_bytes)
     finally:
         stop.set()
         thread.join()
@@ -373,7 +375,7 @@ def test_memory_stays_within_what_was_asked_for(large: Path, cgroup: Path) -> No
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         assert report["resident"] <= ram
-        assert needs_of(large).n_used <= report["slots"] < needs_of(large).slots
+        assert needs_of(large).n_used <= report["slots"] < needs_of(large).n_experts
         assert report["decode"]["experts"]["misses"] > 0
     counts = dict(line.split() for line in (cgroup / "memory.oom_control").read_text().splitlines())
     assert counts.get("oom_kill", "0") == "0"

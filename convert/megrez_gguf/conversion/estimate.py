@@ -31,7 +31,7 @@ def seconds(items: Sequence[Item], importance: Importance) -> float:
         sample = _rows(largest, 4 * PIECE if target != stored else _SAMPLE_BYTES)
         taken = sum(t.size for t in sample.sources)
         begin = time.perf_counter()
-        stream([sample], _Nowhere(), importance)
+        stream([sample], _Nowhere(), importance=importance)
         total += (time.perf_counter() - begin) * max(size / taken, 1)
     return total
 
@@ -55,7 +55,4 @@ class _Nowhere:
 
     def begin(self, item: Item) -> None: ...
     def write(self, data: Array) -> None: ...
-    def copy(self, source: int, offset: int, count: int) -> int:
-        return count
-
     def end(self, item: Item) -> None: ...

@@ -140,11 +140,20 @@ class Conversion:
     ) -> ConvertResult:
         """Write the files. Raises OutputError, CheckpointError and what `stream` raises."""
         began = time.perf_counter()
-        with OutputFiles(self.paths, force, [s.path for s in self.source.shards]) as files:
+        with OutputFiles(
+            self.paths, force=force, inputs=[s.path for s in self.source.shards]
+        ) as files:
             heads = self.headers()
             files.reserve(self.nbytes)
             sink = _Writer(files, {p[0].name: (n, heads[n]) for n, p in enumerate(self.parts)})
-            done = stream(self.items, sink, self.importance, clamp, n_threads, progress)
+            done = stream(
+                self.items,
+                sink,
+                importance=self.importance,
+                clamp=clamp,
+                n_threads=n_threads,
+                progress=progress,
+            )
             for number, head in enumerate(self.headers(done.sha256)):
                 files.rewrite(number, head)
             self.source.check_unchanged()
@@ -224,7 +233,9 @@ def plan(
         values |= weights.key_values()
     if ask_llama_cpp or level not in levels.FLOATS:
         infos = [item.info for item in source.tensors]
-        types = choose_types(values, infos, level, weights is not None, mix.types)
+        types = choose_types(
+            values, infos, level, weighted=weights is not None, overrides=mix.types
+        )
         chosen, unfit = types.chosen, types.wanted
     else:
         chosen, unfit = {i.name: level.upper() for i in source.tensors}, {}

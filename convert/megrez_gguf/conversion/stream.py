@@ -140,6 +140,7 @@ def _pieces(item: Item) -> Iterator[_Piece]:
 def stream(
     items: Sequence[Item],
     sink: Sink,
+    *,
     importance: Importance | None = None,
     clamp: bool = False,
     n_threads: int | None = None,

@@ -91,8 +91,9 @@ def verify(
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]
-        sink = _Comparison(file, sound)
-        stream(items, sink, _importance(file, imatrix, items), True, None, progress)
+        importance = _importance(file, imatrix, items)
+        with _Comparison(file, sound) as sink:
+            stream(items, sink, importance=importance, clamp=True, progress=progress)
         source.check_unchanged()
         failures += sink.failures
         compared = len(items)
@@ -203,8 +204,14 @@ class _Comparison:
     def __init__(self, file: GGUFFile, sound: set[str]) -> None:
         self._tensors = {t.name: t for t in file.tensors}
         self._sound = sound
-        self._descriptors = {s.path: s.path.open("rb", buffering=0) for s in file.shards}
+        self._shards = OpenShards()
         self.failures: list[str] = []
+
+    def __enter__(self) -> _Comparison:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shards.close()
 
     def begin(self, item: Item) -> None:
         self._tensor = self._tensors[item.name]
@@ -212,19 +219,9 @@ class _Comparison:
         self._different: int | None = None
 
     def write(self, data: Array) -> None:
-        self._compare(data.reshape(-1).view(np.uint8))
-
-    def copy(self, source: int, offset: int, count: int) -> int:
-        data = os.pread(source, min(count, _BLOCK), offset)
-        self._compare(np.frombuffer(data, np.uint8))
-        return len(data)
-
-    def _compare(self, expected: Array) -> None:
-        file = self._descriptors[self._tensor.shard.path]
-        file.seek(self._tensor.begin + self._position)
-        found = np.frombuffer(file.read(expected.size), np.uint8)
-        if found.size != expected.size:
-            raise GGUFError(f"{self._tensor.shard.path}: {self._tensor.name}: the file ended early")
+        expected = data.reshape(-1).view(np.uint8)
+        found = np.empty_like(expected)
+        self._shards.read(self._tensor, self._position, found.data)
         if self._different is None and not np.array_equal(found, expected):
             self._different = self._position + int((found != expected).argmax())
         self._position += expected.size

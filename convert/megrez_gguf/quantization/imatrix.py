@@ -149,14 +149,14 @@ class Imatrix:
         }
         return b"".join((header(keys, infos), *data))
 
-    def save(self, path: Path, force: bool = False) -> None:
+    def save(self, path: Path, *, force: bool = False) -> None:
         """Write `to_bytes` as the file `path`, all of it or nothing.
 
         `force` replaces an existing file. Raises OutputError: it exists or cannot be written; and
         what `to_bytes` does.
         """
         content = self.to_bytes()
-        with OutputFiles([path], force) as file:
+        with OutputFiles([path], force=force) as file:
             file.start(0)
             file.write(content)
 

@@ -44,6 +44,7 @@ def choose_types(
     values: KeyValues,
     tensors: Sequence[TensorInfo],
     level: str,
+    *,
     weighted: bool = False,
     overrides: Overrides = (),
 ) -> Types:

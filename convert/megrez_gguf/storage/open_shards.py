@@ -35,6 +35,10 @@ class OpenShards:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all that was opened; may be called twice."""
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()

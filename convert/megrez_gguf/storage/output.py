@@ -36,7 +36,9 @@ class OutputFiles:
     written, the disk is full.
     """
 
-    def __init__(self, paths: Sequence[Path], force: bool, inputs: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, paths: Sequence[Path], *, force: bool = False, inputs: Sequence[Path] = ()
+    ) -> None:
         self._paths, self._force = paths, force
         for path in paths:
             _check(path, force, inputs)
