@@ -6,6 +6,7 @@ To bump the pin means to read this folder and `patches/` again, and nothing else
     logs          llama.cpp's log, kept off the terminal and remembered for error messages
     ggml          struct ggml_tensor, and reading tensors through it
     engine        evaluating a file exactly, and the graph's nodes by name
+    nodes         the graph's nodes by name, and what enters which matrix
     expert_store  our own C functions of the expert store
     quantizer     which type a level gives each tensor; ggml's encoding of rows
 

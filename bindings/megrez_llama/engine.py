@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megrez_llama import nodes
 from megrez_llama.errors import GGUFError
 from megrez_llama.expert_store import cache_override
 from megrez_llama.ggml import Tensor, library, read
@@ -26,14 +27,6 @@ from megrez_llama.patched import require_patched
 Watch = Callable[[Tensor, bool], bool]
 """Called for each node of the graph: before it is computed with True, to say whether to stop at
 it; if so, called again with False once it is computed, its sources still being there."""
-
-# What the parity checks know under one name is the last of these nodes that a model's graph has.
-_STEPS = {
-    "ffn_moe_probs_biased": ("ffn_moe_probs", "ffn_moe_probs_biased", "ffn_moe_probs_masked"),
-    "ffn_moe_weights": ("ffn_moe_weights", "ffn_moe_weights_norm", "ffn_moe_weights_scaled"),
-}
-# Nodes with a row for every expert a token uses, [rows, K, ...]; all others are [rows, ...].
-_BY_EXPERT = {"ffn_moe_swiglu", "ffn_moe_weights", "ffn_moe_weights_scaled"}
 
 Nodes = dict[tuple[str, int], NDArray[Any]]
 """Captured tensors by name and layer; layer -1 for those outside layers."""
@@ -168,24 +161,23 @@ class Engine:
         Raises GGUFError when llama.cpp fails to decode, ValueError for more than `context` tokens
         or `first` beyond them.
         """
-        nodes: Nodes = {}
-        wanted = {step: name for name in capture for step in _STEPS.get(name, (name,))}
+        found: Nodes = {}
+        wanted = {step: name for name in capture for step in nodes.STEPS.get(name, (name,))}
 
         def watch(tensor: Tensor, ask: bool) -> bool:
-            step, _, layer = tensor.name.decode("utf-8", "replace").rpartition("-")
-            if not step:
-                step, layer = layer, "-1"
-            if step not in wanted or not layer.lstrip("-").isdecimal():
+            step, layer = nodes.name_of(tensor)
+            if step not in wanted:
                 return False
             if not ask:
-                x = read(tensor)  # [1, 1, rows, D], with _BY_EXPERT [1, rows, K, D]
-                x = x.reshape(-1, *x.shape[2:]) if step in _BY_EXPERT else x.reshape(-1, x.shape[3])
+                x = read(tensor)  # [1, 1, rows, D], of nodes.BY_EXPERT [1, rows, K, D]
+                rows = x.shape[2:] if step in nodes.BY_EXPERT else x.shape[3:]
+                x = x.reshape(-1, *rows)
                 if wanted[step] == "ffn_moe_weights":
                     x = x.reshape(len(x), -1)
-                nodes[wanted[step], int(layer)] = x
+                found[wanted[step], layer] = x
             return True
 
-        return Outputs(self.observe(tokens, first, watch if wanted else None), nodes)
+        return Outputs(self.observe(tokens, first, watch if wanted else None), found)
 
     def observe(
         self, tokens: NDArray[np.int32], first: int, watch: Watch | None

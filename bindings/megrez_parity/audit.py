@@ -18,6 +18,7 @@ from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion import layout
 from megrez_gguf.quantization import encode
+from megrez_llama import nodes
 from megrez_parity.results import Activation, Audit
 
 if TYPE_CHECKING:
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
 _LARGEST = 65504.0
 # The largest float32 below F16's normal numbers.
 _SUBNORMAL = float(np.nextafter(np.float32(2.0**-14), np.float32(0)))
-
-# Activation -> what it enters, by GGUF names without "blk.N." and ".weight".
-_ENTERS = {
-    "attn_norm": ("attn_q", "attn_k", "attn_v"),
-    "kqv_out": ("attn_output",),
-    "ffn_swiglu": ("ffn_down",),
-    "ffn_moe_swiglu": ("ffn_down_exps",),
-    "ffn_shexp_swiglu": ("ffn_down_shexp",),
-}
-_RESCALED = ("ffn_swiglu", "ffn_moe_swiglu", "ffn_shexp_swiglu")
 
 
 def audit(
@@ -93,7 +84,7 @@ def _enters(config: ModelConfig, name: str, layer: int) -> str:
     if name == "result_norm":
         return "token_embd" if config.tie_word_embeddings else "output"
     if name != "ffn_norm":
-        return ", ".join(_ENTERS[name])
+        return ", ".join(nodes.ENTERS[name])
     if not config.is_moe(layer):
         return "ffn_gate, ffn_up"
     shared = ", ffn_gate_shexp, ffn_up_shexp" if config.n_shared_experts else ""
@@ -103,7 +94,7 @@ def _enters(config: ModelConfig, name: str, layer: int) -> str:
 def _verdict(activations: list[Activation], overflow: int) -> str:
     # NaN is beyond any range.
     beyond = [a for a in activations if not a.max_abs <= encode.F16_LIMIT]
-    if overflow or any(a.name not in _RESCALED for a in beyond):
+    if overflow or any(a.name not in nodes.RESCALED for a in beyond):
         answer = "F16 does not hold this model"
     elif beyond:
         answer = "F16 holds this model only where down projections are rescaled, as here"

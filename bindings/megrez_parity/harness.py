@@ -28,6 +28,7 @@ from megrez_gguf.machine import available_cpus
 from megrez_gguf.text import Say, silent
 from megrez_llama import ARCH
 from megrez_llama.engine import Engine
+from megrez_llama.nodes import ROUTING, TRACED
 from megrez_parity.level_files import LEVELS, Made, Maker, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
 from megrez_parity.results import LevelResult, ParityReport, ReferenceRun
@@ -39,7 +40,7 @@ try:
     from megrez_parity.audit import audit
     from megrez_parity.metrics import Comparison
     from megrez_parity.reference_store import StoredReference, cache_key
-    from megrez_parity.routing import CAPTURE, Nodes, RoutingComparison, routers
+    from megrez_parity.routing import Nodes, RoutingComparison, routers
 except ImportError as e:
     raise RuntimeUnavailableError(
         f"parity needs torch and safetensors ({e}); pip install 'megrez-gguf[parity]'"
@@ -191,7 +192,7 @@ class _Judge:
                 tokens = window.tokens
                 half = len(tokens) // 2
                 traced = i in self._traced
-                capture = {*CAPTURE, *tracing.CAPTURE} if traced else CAPTURE
+                capture = {*ROUTING, *TRACED} if traced else ROUTING
                 start = time.perf_counter()
                 outputs = engine.run(tokens, first=half, capture=capture)
                 ran = time.perf_counter()
@@ -200,7 +201,7 @@ class _Judge:
                 comparison.add(self._reference.logits(i), logits, tokens[half + 1 :], window.domain)
                 routing.add(self._reference, i, outputs.nodes)
                 if traced:
-                    kept.append(self._spill(outputs.nodes, tracing.CAPTURE))
+                    kept.append(self._spill(outputs.nodes, TRACED))
                 seconds["forward"] += ran - start
                 seconds["compare"] += time.perf_counter() - ran
         file = GGUFFile.open(made.path)

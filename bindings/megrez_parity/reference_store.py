@@ -41,6 +41,7 @@ from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import CheckpointError, OutputError
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.text import Say
+from megrez_llama.nodes import ENTERS
 from megrez_parity import reference
 from megrez_parity.reference import CheckpointWeights
 
@@ -54,16 +55,6 @@ _WORKING_BYTES = 1 << 30
 
 # Emitted tensors that are kept, and what their files are called.
 _KEPT = {"ffn_norm": "ffn_norm", "l_out": "l_out", "ffn_moe_probs_biased": "scores"}
-# Emitted tensors that enter matrix products: F16 kernels narrow these.
-_ENTERING = {
-    "attn_norm",
-    "kqv_out",
-    "ffn_norm",
-    "ffn_swiglu",
-    "ffn_moe_swiglu",
-    "ffn_shexp_swiglu",
-    "result_norm",
-}
 _MANIFEST, _LOCK, _PARTIAL = "manifest.json", "lock", ".partial"
 
 
@@ -343,7 +334,7 @@ def _keeper(out: Path, batch: range, maxima: dict[str, float]) -> reference.Trac
     """A trace that writes to `out` what is kept of the windows `batch` and raises `maxima`."""
 
     def keep(name: str, layer: int, tensor: Tensor) -> None:
-        if name in _ENTERING:  # numpy's maximum keeps NaN
+        if name in ENTERS:  # numpy's maximum keeps NaN
             size = float(tensor.abs().max())
             maxima[name] = float(np.maximum(maxima.get(name, 0.0), size))
         if name in _KEPT:

@@ -19,22 +19,6 @@ SCHEMA_VERSION = 1
 # Where a figure must not fall; all others must not rise.
 FLOORS = {"same_top_p", "tokenizer_agreement"}
 
-# The tensors of a trace, under llama.cpp's names; those outside layers are of layer -1.
-TRACED = (
-    "embd",
-    "kqv_out",
-    "ffn_inp",
-    "ffn_norm",
-    "ffn_moe_logits",
-    "ffn_moe_probs_biased",
-    "ffn_moe_out",
-    "ffn_shexp",
-    "ffn_out",
-    "l_out",
-    "result_norm",
-    "result_output",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Figure:

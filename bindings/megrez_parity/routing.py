@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 Floats = NDArray[np.floating[Any]]
 Nodes = Mapping[tuple[str, int], NDArray[Any]]
 
-# What `Engine.run` has to capture.
-CAPTURE = ("ffn_norm", "l_out", "ffn_moe_topk")
-
 _EPSILON = float(np.finfo(np.float32).eps)
 _BLOCK = 32  # neighbouring tokens taken as one observation
 
@@ -134,8 +131,8 @@ class RoutingComparison:
     def add(self, reference: StoredReference, window: int, nodes: Nodes) -> None:
         """Take in window number `window` of `reference`, and what the candidate computed for it.
 
-        `nodes` holds `CAPTURE` of every layer, by name and layer: states `[S, D]` and expert ids
-        `[S, K]`, in the last layer perhaps of the last positions only. Raises ValueError for one
+        `nodes` holds what `megrez_llama.nodes.ROUTING` names of every layer, by name and layer:
+        states `[S, D]` and expert ids `[S, K]`, in the last layer perhaps of the last positions only. Raises ValueError for one
         that is missing.
         """
         for name, by_layer in self._depth.items():

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import ConfigError
-from megrez_parity.results import TRACED, Metrics
+from megrez_llama.nodes import TRACED
+from megrez_parity.results import Metrics
 
 # A router is F32 at every level and what it reads is known, so no noise excuses it. llama.cpp's
 # tokenizer is the same but for code points newer than its tables. F32 repeats the reference but

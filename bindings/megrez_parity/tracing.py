@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_llama.nodes import TRACED
 from megrez_parity.reference import CheckpointWeights, Weights, block, embed, head, rotary
 from megrez_parity.reference_store import precision
-from megrez_parity.results import TRACED, Trace, TracePoint
+from megrez_parity.results import Trace, TracePoint
 from megrez_parity.routing import Nmse, Nodes, captured
-
-# What `Engine.run` has to capture.
-CAPTURE = TRACED
 
 
 @torch.no_grad()
@@ -38,7 +36,7 @@ def trace(
     """The trace of each candidate, under the names `candidates` gives them.
 
     `windows` are token ids, `[S]` each, all as long. `candidates[name][w]` holds what that
-    candidate computed for window w: `CAPTURE` by name and layer, `[S, columns]` each, in the last
+    candidate computed for window w: `TRACED` by name and layer, `[S, columns]` each, in the last
     layer and after it perhaps of the last positions only; one layer is read at a time, so the
     arrays may be mapped files. `tolerances[name]` bounds local errors by tensor name.
 
@@ -81,10 +79,10 @@ def trace(
 
 
 class _Seen(dict[str, Tensor]):
-    """What the reference emits of `CAPTURE`, in that order."""
+    """What the reference emits of `TRACED`, in that order."""
 
     def __call__(self, name: str, layer: int, tensor: Tensor) -> None:
-        if name in CAPTURE:
+        if name in TRACED:
             self[name] = tensor
 
 

@@ -23,12 +23,11 @@ from megrez_gguf.quantization.imatrix import Imatrix, load
 from megrez_gguf.quantization.imatrix import merge as merged
 from megrez_gguf.storage.output import OutputFiles
 from megrez_gguf.text import Progress, Say, silent
+from megrez_llama import nodes
 from megrez_llama.engine import Engine
-from megrez_llama.ggml import F32, Tensor, op_name, read
+from megrez_llama.ggml import Tensor, read
 
 Tokens = NDArray[np.int32]
-# The node that only the output matrix needs.
-_LAST = b"result_norm"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # Rows added up in float32, which is four times as fast, before float64 takes over.
 _BLOCK = 512
@@ -241,32 +240,28 @@ class _Collector(Engine):
         return Imatrix(sums, self._counts, tuple(datasets), self._chunks, self.context)
 
     def _look(self, node: Tensor, ask: bool) -> bool:
-        if node.name == _LAST and not self._process_output:
+        if nodes.name_of(node)[0] == nodes.LAST_BEFORE_OUTPUT and not self._process_output:
             # The output matrix alone is a tenth of the evaluation, and its logits would be copied.
             raise _Enough
-        kind = op_name(node.op)
-        if kind == "RMS_NORM" and b"swiglu" in node.source(0).name:
+        if (unscaled := nodes.before_rescaling(node)) is not None:
             if not ask:
-                self._unscaled[ctypes.addressof(node)] = read(node.source(0))
+                self._unscaled[ctypes.addressof(node)] = read(unscaled)
             return True
-        if kind not in ("MUL_MAT", "MUL_MAT_ID"):
+        product = nodes.product(node)
+        if product is None:
             return False
-        weight, inputs = node.source(0), node.source(1)
-        name = weight.name.decode("utf-8", "replace")
-        if inputs.type != F32 or not (name.startswith("blk.") or name == "output.weight"):
-            return False
-        routed = kind == "MUL_MAT_ID"
-        key = ctypes.addressof(inputs), ctypes.addressof(node.source(2)) if routed else 0
+        of_ids = ctypes.addressof(product.ids) if product.ids is not None else 0
+        key = ctypes.addressof(product.inputs), of_ids
         if ask:
             # What enters several matrices is looked at once.
             names = self._entered.setdefault(key, [])
-            names.append(name)
+            names.append(product.name)
             return len(names) == 1
-        ids = read(node.source(2))[0, 0] if routed else None  # [rows, K]
+        ids = read(product.ids)[0, 0] if product.ids is not None else None  # [rows, K]
         x = self._unscaled.pop(key[0], None)
-        x = read(inputs) if x is None else x
+        x = read(product.inputs) if x is None else x
         with np.errstate(over="ignore"):  # `_add` complains
-            self._added[key] = _squares(x[0], ids, weight.ne[2])
+            self._added[key] = _squares(x[0], ids, product.weight.ne[2])
         return True
 
 

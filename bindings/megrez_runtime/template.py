@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 Role = Literal["system", "user", "assistant"]
-_CONTROL, _USER_DEFINED = 8, 16  # llama_token_attr
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +95,13 @@ class ChatTemplate:
         # Control tokens are never read from plain text, user-defined ones always are: those of
         # the template are kept from forming by a seam behind their first character.
         own = {i for piece in pieces for i in self._tokens(piece, special=True)}
-        texts = sorted(self._text(i) for i in own if self._attr(i) & _USER_DEFINED)
+        texts = sorted(
+            self._text(i) for i in own if self._attr(i) & self._c.LLAMA_TOKEN_ATTR_USER_DEFINED
+        )
         if texts:
             seams = (f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in texts if t[1:])
             self._seams = re.compile("|".join(seams))
-        special = _CONTROL | _USER_DEFINED
+        special = self._c.LLAMA_TOKEN_ATTR_CONTROL | self._c.LLAMA_TOKEN_ATTR_USER_DEFINED
         return closing[0] if closing and self._attr(closing[0]) & special else None
 
     def _render(self, messages: Sequence[Message], opened: bool) -> tuple[list[str], list[int]]:

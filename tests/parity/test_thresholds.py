@@ -7,7 +7,7 @@ import pytest
 
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import ConfigError
-from megrez_parity import tracing
+from megrez_llama import nodes as node_names
 from megrez_parity.level_files import LEVELS
 from megrez_parity.provenance import checkpoint_sha256
 from megrez_parity.thresholds import Thresholds
@@ -35,7 +35,7 @@ def test_other_models_are_held_to_what_is_true_of_any() -> None:
     assert bounds.of("f32", "another") == ANY | {"nmse": 1e-9}
     assert bounds.of("", "another") == ANY
     assert bounds.tolerances("q4_0", "another") == bounds.tolerances("", "another") == ROUTER
-    assert bounds.tolerances("f32", "another") == dict.fromkeys(tracing.CAPTURE, 1e-9)
+    assert bounds.tolerances("f32", "another") == dict.fromkeys(node_names.TRACED, 1e-9)
     assert bounds.tolerances("q4_0", bounds.weights_sha256) == bounds.local_nmse["q4_0"]
 
 

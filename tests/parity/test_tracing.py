@@ -11,11 +11,12 @@ from torch import Tensor
 from traces import GROUPS, VARIANTS, WINDOWS, Nodes, candidate, computed, model, noisy
 
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_llama.nodes import TRACED
 from megrez_parity.reference import block, head, rotary
 from megrez_parity.results import Trace
-from megrez_parity.tracing import CAPTURE, trace
+from megrez_parity.tracing import trace
 
-TIGHT = dict.fromkeys(CAPTURE, 1e-11)
+TIGHT = dict.fromkeys(TRACED, 1e-11)
 LAYER = "model.layers.{}."
 
 
@@ -151,7 +152,7 @@ def test_nan_is_beyond_any_tolerance(tmp_path: Path) -> None:
     config, folder, weights = model(GROUPS, tmp_path)
     nodes = [candidate(config, weights, w) for w in range(len(WINDOWS))]
     nodes[1]["ffn_moe_probs_biased", 2][3, 4] = np.nan
-    found = trace(config, folder, WINDOWS, {"nan": nodes}, {"nan": dict.fromkeys(CAPTURE, 1e9)})
+    found = trace(config, folder, WINDOWS, {"nan": nodes}, {"nan": dict.fromkeys(TRACED, 1e9)})
     point = found["nan"].first_beyond
     assert point is not None
     assert (point.name, point.layer) == ("ffn_moe_probs_biased", 2)

@@ -20,6 +20,7 @@ from traces import LENGTH, VARIANTS, WINDOWS, model
 from megrez_gguf import convert, quantize
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_llama import nodes as node_names
 from megrez_llama.engine import Engine
 from megrez_parity import routing, tracing
 from megrez_parity.audit import audit
@@ -30,7 +31,7 @@ POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 CONTEXT = 256
 CONFIG = ModelConfig.from_folder(POCKET)
 # F32 errs by its rounding alone, everywhere.
-F32 = dict.fromkeys(tracing.CAPTURE, 1e-10)
+F32 = dict.fromkeys(node_names.TRACED, 1e-10)
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Pocket:
         kept = []
         with Engine(path, CONTEXT) as engine:
             for i, tokens in enumerate(self.windows):
-                capture = {*routing.CAPTURE, *tracing.CAPTURE}
+                capture = {*node_names.ROUTING, *node_names.TRACED}
                 nodes = engine.run(tokens, first=CONTEXT // 2, capture=capture).nodes
                 comparison.add(self.reference, i, nodes)
                 kept.append(nodes)
@@ -124,7 +125,7 @@ def test_other_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     kept = []
     with Engine(tmp_path / "f32.gguf", LENGTH) as engine:
         for i, tokens in enumerate(WINDOWS):
-            capture = {*routing.CAPTURE, *tracing.CAPTURE}
+            capture = {*node_names.ROUTING, *node_names.TRACED}
             kept.append(engine.run(tokens, first=LENGTH // 2, capture=capture).nodes)
             comparison.add(reference, i, kept[i])
     for layer in comparison.layers():
