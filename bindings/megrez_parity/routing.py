@@ -132,8 +132,8 @@ class RoutingComparison:
         """Take in window number `window` of `reference`, and what the candidate computed for it.
 
         `nodes` holds what `megrez_llama.nodes.ROUTING` names of every layer, by name and layer:
-        states `[S, D]` and expert ids `[S, K]`, in the last layer perhaps of the last positions only. Raises ValueError for one
-        that is missing.
+        states `[S, D]` and expert ids `[S, K]`, in the last layer perhaps of the last positions
+        only. Raises ValueError for one that is missing.
         """
         for name, by_layer in self._depth.items():
             for layer, nmse in enumerate(by_layer):
