@@ -23,7 +23,7 @@ _HINTS = {
     "force": "; use --force to replace it",
     "imatrix": " (--imatrix FILE; `megrez-gguf imatrix` makes one)",
     "n_ctx": " (--ctx)",
-    "texts": " (--text FILE)",
+    "texts": " with --text FILE",
 }
 
 

@@ -118,4 +118,4 @@ def test_refusals(tmp_path: Path) -> None:
         read_corpus(elsewhere, TEXTS, n_ctx=16, n_windows=1)
     with pytest.raises(ConfigError, match="name a text") as raised:
         read_corpus(elsewhere, [], n_ctx=16, n_windows=1)
-    assert console.hint(raised.value) == " (--text FILE)"
+    assert console.hint(raised.value) == " with --text FILE"
