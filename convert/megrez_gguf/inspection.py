@@ -15,6 +15,7 @@ from megrez_gguf.checkpoint import RAW_DTYPE, Checkpoint, Tensor
 from megrez_gguf.config import ModelConfig
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.gguf_file import GGUFFile
+from megrez_gguf.header_check import layers_with, pool_layers
 from megrez_gguf.stream import Progress
 
 
@@ -141,9 +142,8 @@ def _gguf(path: Path) -> tuple[Report, list[tuple[Tensor, ...]]]:
         raise GGUFError(
             f"{path}: {prefix}block_count: expected a positive integer, found {layers!r}"
         )
-    names = {t.name for t in file.tensors}
-    moe = [i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" in names]
-    pools = [i for i in range(layers) if f"blk.{i}.ffn_gate_exps.weight" in names]
+    moe = layers_with("ffn_gate_inp", file.tensors, layers)
+    pools = layers_with("ffn_gate_exps", file.tensors, layers)
     if not moe or not pools or moe[0] < pools[0]:
         raise GGUFError(
             f"{path}: no expert pool for layer {moe[0] if moe else 0}; not a Megrez2 model"
@@ -200,7 +200,7 @@ def _contradictions(report: Report, moe: list[int], pools: list[int]) -> Iterato
         yield f"experts_shared_frequency is {period!r}"
     else:
         lead = report.hyperparameters.get("leading_dense_block_count", moe[0])
-        expected = sorted({lead + (i - lead) // period * period for i in moe})
+        expected = pool_layers(moe, lead, period)
         if expected != pools:
             yield (
                 f"experts_shared_frequency {period} puts expert pools in layers {expected}; "
