@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
-import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,22 +19,12 @@ import numpy.typing as npt
 from megrez_gguf import encode, levels
 from megrez_gguf.encode import Encoding
 from megrez_gguf.errors import ConfigError, OutputError
-from megrez_gguf.gguf_writer import ALIGNMENT, KeyValues, TensorInfo, header
+from megrez_gguf.gguf_writer import KeyValues, TensorInfo, header
 from megrez_gguf.logs import log
 from megrez_gguf.patched import require_patched
 
 Overrides = Sequence[tuple[str, str]]
 """Regular expressions searched for in tensor names, and the types of the tensors they match."""
-
-_TYPE = re.compile(
-    r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[.*?\], type = +(?P<own>\S+), "
-    r"size = +\S+ MiB(?: -> +\S+ MiB \((?P<new>\S+)\))?"
-)
-_FALLBACK = re.compile(
-    r"warning: (?P<tensor>\S+) +- ncols .*\(required for type +(?P<wanted>\S+)\)"
-    r".*-> falling back to +(?P<got>\S+)"
-)
-_FALLBACKS = re.compile(r"WARNING: (\d+) of \d+ tensor\(s\) required fallback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +47,12 @@ def choose_types(
     `values` are the key-values of the model's file, `tensors` its unquantized tensors; `weighted`
     tells that there is an importance matrix. `overrides` are llama-quantize's `--tensor-type`.
 
-    Asks the quantizer itself, in a dry run on a file with that header and no data: no disk is used.
-    Raises OutputError when it fails, RuntimeUnavailableError without the patched llama_cpp.
+    Asks the quantizer itself, which gets a header and no data. Raises OutputError when it fails,
+    RuntimeUnavailableError without the patched llama_cpp.
     """
     llama = require_patched()
     params = llama.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.dry_run = levels.file_type(level), 1, True
+    params.ftype = levels.file_type(level)
     kept = []  # what llama.cpp holds bare pointers to
     if weighted:
         # It looks only whether there is one.
@@ -84,54 +69,32 @@ def choose_types(
         kept.append(types)
     # The vocabulary has no say.
     values = {k: v for k, v in values.items() if not k.startswith("tokenizer.")}
+    head, count = header(values, tensors), len(tensors)
+    chosen, wanted = (ctypes.c_int * count)(), (ctypes.c_int * count)()
     log.install(llama)
-    with _sparse_file(values, tensors) as path, log.listening() as lines:
-        failed = llama.llama_model_quantize(os.fsencode(path), b"", ctypes.byref(params))
-        text = lines()
-    if failed:
-        reason = log.take_errors() or "llama.cpp gives no reason"
+    error = ctypes.create_string_buffer(1024)
+    done = _choose(llama)(
+        head, len(head), ctypes.byref(params), chosen, wanted, count, error, len(error)
+    )
+    if not done:
+        reason = error.value.decode("utf-8", "replace")
         raise OutputError(f"llama.cpp cannot quantize this model to {level}: {reason}")
-    return _parse(text, tensors)
+    names = {number: name for name, number in _types().items()}
+    return Types(
+        {t.name: names[kind] for t, kind in zip(tensors, chosen, strict=True)},
+        # GGML_TYPE_COUNT, which is no type, says that there is none
+        {t.name: names[kind] for t, kind in zip(tensors, wanted, strict=True) if kind in names},
+    )
 
 
-def _parse(lines: Sequence[str], tensors: Sequence[TensorInfo]) -> Types:
-    chosen: dict[str, str] = {}
-    for match in map(_TYPE.search, lines):
-        if match:
-            chosen[match["name"]] = (match["new"] or match["own"]).upper()
-    fallbacks = [match for match in map(_FALLBACK.search, lines) if match]
-    announced = sum(int(match[1]) for match in map(_FALLBACKS.search, lines) if match)
-    known = _types().keys()
-    if (
-        chosen.keys() != {t.name for t in tensors}
-        or not known >= set(chosen.values())
-        or len(fallbacks) != announced
-        or any(chosen[m["tensor"]] != m["got"].upper() for m in fallbacks)
-    ):
-        raise OutputError(
-            "llama.cpp's quantizer does not report the types it chose as expected: this llama_cpp "
-            "is not the pinned version. Reinstall the patched llama-cpp-python"
-        )
-    return Types(chosen, {m["tensor"]: m["wanted"].upper() for m in fallbacks})
-
-
-@contextmanager
-def _sparse_file(values: KeyValues, tensors: Sequence[TensorInfo]) -> Iterator[Path]:
-    """A file of the right size with only a header in it."""
-    head = header(values, tensors)
-    size = sum(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors)
-    with tempfile.TemporaryDirectory(prefix="megrez-gguf-") as folder:
-        path = Path(folder) / "header.gguf"
-        try:
-            with path.open("wb") as file:
-                file.write(head)
-                file.truncate(len(head) + size)
-        except OSError as e:
-            raise OutputError(
-                f"{path}: no sparse file of {len(head) + size} bytes can be made here "
-                f"({e.strerror}); set TMPDIR to a folder on another file system"
-            ) from None
-        yield path
+@cache
+def _choose(llama: Any) -> Any:
+    """llama_quant_choose_types of our llama-quant-types.h."""
+    function = llama.llama_cpp._lib.llama_quant_choose_types
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    function.argtypes = [ctypes.c_char_p, size, *[pointer] * 3, size, ctypes.c_char_p, size]
+    function.restype = ctypes.c_bool
+    return function
 
 
 # --- types -------------------------------------------------------------------------------------
