@@ -16,11 +16,24 @@ from gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
 from llama import LlamaError, logits
 from samples import Sample
 
+from megrez_gguf.errors import GGUFError
+from megrez_gguf.format.model_check import check_model
+from megrez_gguf.format.reader import GGUFFile
+
 Edit = Callable[[Gguf], None]
 
 
-def attempt(path: Path) -> str:
-    """What llama.cpp says of `path`, "" when it runs; the caller's process may die of it."""
+def attempt(path: Path, reader: bool) -> str:
+    """What is said of `path`, "" when it runs; the caller's process may die of it.
+
+    As by `megrez_runtime.load`, llama.cpp is asked after our `reader`; or alone.
+    """
+    try:
+        if reader:
+            file = GGUFFile.open(path)
+            check_model(file.values, file.tensors, path)
+    except GGUFError as e:
+        return str(e)
     try:
         logits(path, [1, 2, 3], n_ctx=32, n_threads=1, n_threads_batch=1)
     except LlamaError as e:
@@ -34,13 +47,13 @@ class Guard:
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
 
-    def attempts(self, paths: list[Path]) -> list[str]:
+    def attempts(self, paths: list[Path], reader: bool = True) -> list[str]:
         done: list[Future[str]] = []
         for path in paths:
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, context, initializer=_quiet)
-            done.append(self._pool.submit(attempt, path))
+            done.append(self._pool.submit(attempt, path, reader))
         results = []
         for path, future in zip(paths, done, strict=True):
             try:
@@ -273,6 +286,10 @@ BAD: dict[str, tuple[Edit, list[str]]] = {
 }
 
 
+# What only our reader refuses: routers of less precision, and routing that is not Megrez2's.
+RUNS_ALONE: set[str] = set()
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
     edit, parts = BAD[name]
@@ -281,6 +298,18 @@ def test_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
     (said,) = guard.attempts([file.write(tmp_path / "bad.gguf")])
     assert said, "accepted"
     assert not [part for part in parts if part.lower() not in said.lower()], said
+
+
+def test_llama_cpp_survives_alone(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
+    """Without our reader before it, it refuses all but what is a model of some kind."""
+    paths = []
+    for number, (edit, _) in enumerate(BAD.values()):
+        file = Gguf.read(tiny.gguf)
+        edit(file)
+        paths.append(file.write(tmp_path / f"{number}.gguf"))
+    said = guard.attempts(paths, reader=False)
+    accepted = {name for name, text in zip(BAD, said, strict=True) if not text}
+    assert accepted == RUNS_ALONE
 
 
 def test_truncated(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
@@ -296,7 +325,8 @@ def test_truncated(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
     for cut in [*cuts, len(raw) - 1]:
         paths.append(tmp_path / f"{cut}.gguf")
         paths[-1].write_bytes(raw[:cut])
-    assert all(guard.attempts(paths))
+    for reader in (True, False):
+        assert all(guard.attempts(paths, reader))
 
 
 def test_damaged_headers(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
@@ -314,7 +344,8 @@ def test_damaged_headers(sample: Callable[..., Sample], tmp_path: Path, guard: G
             damaged[place] = draw.choice([0, 1, 255, damaged[place] ^ 1 << draw.randrange(8)])
         paths.append(tmp_path / f"{number}.gguf")
         paths[-1].write_bytes(damaged)
-    guard.attempts(paths)
+    for reader in (True, False):
+        guard.attempts(paths, reader)
 
 
 def test_changed_keys(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
@@ -336,7 +367,8 @@ def test_changed_keys(sample: Callable[..., Sample], tmp_path: Path, guard: Guar
             if value:
                 file.values[name] = value
             paths.append(file.write(tmp_path / f"{len(paths)} {name} {value}.gguf"))
-    guard.attempts(paths)
+    for reader in (True, False):
+        guard.attempts(paths, reader)
 
 
 def test_infinite_weights_do_not_crash(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
@@ -348,4 +380,5 @@ def test_infinite_weights_do_not_crash(tiny: Sample, tmp_path: Path, guard: Guar
             array = file.tensors[name].floats() * 0 + float(value)
             file.tensors[name] = Tensor(Q.F32, array.shape[::-1], array.astype("<f4").tobytes())
             paths.append(file.write(tmp_path / f"{name} {value}.gguf"))
-    guard.attempts(paths)
+    for reader in (True, False):
+        guard.attempts(paths, reader)

@@ -20,10 +20,11 @@ from checkpoints import TINY, Entry, Make, cli, merge
 import megrez_gguf
 from make_checkpoint import make_checkpoint
 from megrez_gguf.conversion.convert import plan_convert
-from megrez_gguf.conversion.plan import Conversion, Fallback
+from megrez_gguf.conversion.plan import Conversion
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import levels
 from megrez_gguf.quantization.imatrix import Imatrix
+from megrez_gguf.quantization.types import Fallback
 from megrez_llama.logs import log
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 512}
