@@ -109,7 +109,7 @@ def load(
         raise GGUFError(f"{path}: its chat template is not valid Jinja: {e}") from None
     except (ValueError, RuntimeError) as e:
         reason = log.take_errors() or str(e)
-        if hasattr(llm, "_model"):
+        if hasattr(llm, "_model") and not hasattr(llm, "_ctx"):
             raise ContextError(
                 f"{path}: no context of {n_ctx} tokens can be made: {reason}. If it is memory "
                 "that lacks, ask for a shorter one",

@@ -70,7 +70,6 @@ def _faults(values: Mapping[str, Any], tensors: Sequence[Tensor]) -> Iterator[st
     owners = pool_layers(moe, lead, period)
     dense = [i for i in owners if i not in moe]
     yield from _failing(
-        (not moe, f"leading_dense_block_count = {lead} leaves no layer of {layers} with experts"),
         (
             dense,
             f"moe_every_n_layers = {every} makes layers {_text(dense)} dense, which should hold "
