@@ -1,31 +1,24 @@
-"""Tiny random models, converted once for all tests of a session."""
+"""Tiny random models, converted once for all tests."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from samples import TINY, Sample
 
-from make_checkpoint import make_checkpoint
-from megrez_gguf import convert
+from support.configurations import FOR_K_QUANTS
+from support.samples import Sample
+from support.shared import Shared
 
 
 @pytest.fixture(scope="session")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sample]:
-    """sample(**config fields) -> a random F32 checkpoint of TINY with those fields, converted."""
-    cache: dict[str, Sample] = {}
+def sample(shared: Shared) -> Callable[..., Sample]:
+    """sample(**fields) -> a random F32 checkpoint of FOR_K_QUANTS with those fields, converted."""
 
     def sample(outtype: str = "f32", **fields: Any) -> Sample:
-        key = json.dumps([outtype, fields], sort_keys=True)
-        if key not in cache:
-            folder = tmp_path_factory.mktemp("sample")
-            make_checkpoint(TINY | fields, folder / "checkpoint", dtype="float32")
-            convert(folder / "checkpoint", folder / "model.gguf", outtype=outtype)
-            cache[key] = Sample(folder / "checkpoint", folder / "model.gguf")
-        return cache[key]
+        checkpoint = shared.checkpoint(FOR_K_QUANTS | fields, dtype="float32")
+        return Sample(checkpoint, shared.converted(checkpoint, outtype))
 
     return sample
 

@@ -10,13 +10,15 @@ import llama_cpp as C
 import numpy as np
 import pytest
 import torch
-from gguf_edit import F32, STRING, Gguf, floats
-from llama import Context, Model, nmse, opened, said
-from samples import TINY, TOKENS, Sample
 from torch import Tensor
 
+from support.configurations import FOR_K_QUANTS
+from support.gguf_edit import F32, STRING, Gguf, floats
+from support.llama import Context, Model, nmse, opened, said
+from support.samples import TOKENS, Sample
+
 RANK, ALPHA, SCALE = 4, 6.0, 0.7
-EXPERTS = TINY["n_routed_experts"]
+EXPERTS = FOR_K_QUANTS["n_routed_experts"]
 # GGUF name -> published names; several are the experts of a stack
 TARGETS = {
     **{f"blk.2.attn_{x}": [f"model.layers.2.self_attn.{x}_proj"] for x in "qkv"},
@@ -148,7 +150,7 @@ def test_lora_on_a_pool_of_many_layers(sample: Callable[..., Sample], tmp_path: 
 def test_control_vector(sample: Callable[..., Sample], fields: dict[str, object]) -> None:
     """Added to the output of layers 2 to 4, as upstream models do."""
     model = sample(**fields)
-    layers, width = TINY["num_hidden_layers"], TINY["hidden_size"]
+    layers, width = FOR_K_QUANTS["num_hidden_layers"], FOR_K_QUANTS["hidden_size"]
     vectors = np.random.default_rng(3).normal(size=(layers - 1, width)).astype(np.float32)
     first, last = 2, 4
     weights = model.weights

@@ -15,16 +15,17 @@ from typing import Any
 import llama_cpp as C
 import numpy as np
 import pytest
-from gguf_edit import STRING, U32, Gguf
-from llama import Context, LlamaError, Model, Row, opened
-from samples import TINY, TOKENS, Sample
 
 from megrez_gguf import convert
 from megrez_gguf.machine import resident_memory
 from megrez_llama import ggml
 from megrez_llama.expert_store import CACHE_KEY
+from support.configurations import FOR_K_QUANTS
+from support.gguf_edit import STRING, U32, Gguf
+from support.llama import Context, LlamaError, Model, Row, opened
+from support.samples import TOKENS, Sample
 
-EXPERTS = 8  # in a pool of TINY; 3 a token
+EXPERTS = 8  # in a pool of FOR_K_QUANTS; 3 a token
 
 
 class Stats(ctypes.Structure):
@@ -147,7 +148,7 @@ def test_experts_are_read_a_layer_early(sample: Callable[..., Sample], pre_gate:
         return True
 
     with Model(path, kv_overrides=overrides(cache=1 << 40)) as model:
-        expert = 3 * 4 * TINY["hidden_size"] * TINY["moe_intermediate_size"]
+        expert = 3 * 4 * FOR_K_QUANTS["hidden_size"] * FOR_K_QUANTS["moe_intermediate_size"]
         with Context(model, cb_eval=watch) as context:
             context.run(TOKENS[:1])
     assert (ahead[0] > 0) is pre_gate

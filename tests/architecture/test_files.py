@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from gguf_edit import ARRAY, U32, Gguf
-from llama import LlamaError, Model, logits, nmse, quantize
-from samples import TOKENS, Sample
+
+from support.gguf_edit import ARRAY, U32, Gguf
+from support.llama import LlamaError, Model, logits, nmse, quantize
+from support.samples import TOKENS, Sample
 
 OURS = ("experts_shared_frequency", "pre_gate")
 DEDUCED = (

@@ -8,10 +8,10 @@ from typing import Any
 import llama_cpp as C
 import numpy as np
 import pytest
-from llama import nmse, opened
-from samples import TOKENS, Sample
 
 from megrez_llama import ggml
+from support.llama import nmse, opened
+from support.samples import TOKENS, Sample
 
 KEPT = {"ffn_moe_topk", "ffn_moe_logits", "ffn_moe_weights_norm"}
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llama import logits, nmse, quantize
 from safetensors.torch import load_file, save_file
-from samples import TINY, TOKENS, Sample
 
-from make_checkpoint import make_checkpoint
 from megrez_gguf import convert
+from support.configurations import FOR_K_QUANTS
+from support.llama import logits, nmse, quantize
+from support.random_checkpoint import make_checkpoint
+from support.samples import TOKENS, Sample
 
 KINDS = {
     "dense": r"\.mlp\.(gate|up|down)_proj",
@@ -25,7 +26,7 @@ FACTORS = {"gate": 2.0**8, "up": 2.0**12, "down": 2.0**-8}  # the weights themse
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_activations(kind: str, tmp_path: Path) -> None:
-    make_checkpoint(TINY, tmp_path / "checkpoint", dtype="float32")
+    make_checkpoint(FOR_K_QUANTS, tmp_path / "checkpoint", dtype="float32")
     path = tmp_path / "checkpoint" / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as Q
-from gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
-from llama import LlamaError, logits
-from samples import Sample
+
+from support.gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
+from support.llama import LlamaError, logits
+from support.samples import Sample
 
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.model_check import check_model

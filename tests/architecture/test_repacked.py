@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from llama import Context, Model, nmse
-from samples import TOKENS, Sample
+
+from support.llama import Context, Model, nmse
+from support.samples import TOKENS, Sample
 
 # Activations become 8-bit integers, and a sum in another order may round them to the next one: up
 # to 3e-4 here, between any two ways to compute it. A wrong row gives 0.1 and more.

@@ -10,8 +10,9 @@ import llama_cpp as C
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from llama import Context, Model, logits, nmse, opened, said
-from samples import TOKENS, Sample
+
+from support.llama import Context, Model, logits, nmse, opened, said
+from support.samples import TOKENS, Sample
 
 EXACT = 1e-9
 CLOSE = 1e-5  # flash attention and an F16 cache narrow to F16 on the way
@@ -42,7 +43,7 @@ def test_gpu_layers_make_no_difference(tiny: Sample, expected: np.ndarray) -> No
 
 def test_model_size_is_the_files_tensors(tiny: Sample) -> None:
     """The pools are stored once, though several layers use each."""
-    from gguf_edit import Gguf
+    from support.gguf_edit import Gguf
 
     stored = sum(len(t.data) for t in Gguf.read(tiny.gguf).tensors.values())
     with Model(tiny.gguf) as model:

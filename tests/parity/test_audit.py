@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from traces import model
 
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_parity.audit import audit
 from megrez_parity.results import Audit
+from support.traces import model
 
 CALM = {
     ("attn_norm", 0): 3.0,

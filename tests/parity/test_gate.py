@@ -10,7 +10,7 @@ import pytest
 
 from megrez_cli import main
 from megrez_parity.level_files import LEVELS
-from sabotage import POCKET
+from support.paths import POCKET
 
 # One of each family of kernels, and of what is made with an importance matrix.
 AGAIN = ("f32", "f16", "q5_k_m", "iq4_nl", "mxfp4_moe", "q2_k+imatrix")

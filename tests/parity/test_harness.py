@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from make_checkpoint import POCKET, make_checkpoint
 from megrez_cli import main
 from megrez_gguf import convert
 from megrez_gguf.errors import RuntimeUnavailableError
@@ -21,6 +20,7 @@ from megrez_parity import harness
 from megrez_parity.harness import measure
 from megrez_parity.level_files import LEVELS
 from megrez_parity.results import Figure, LevelResult, Metrics, Trace, TracePoint
+from support.random_checkpoint import POCKET, make_checkpoint
 
 CONFIG = POCKET | {"num_hidden_layers": 3, "vocab_size": 1024}
 TEXT = "To be, or not to be, that is the question: 世界上最高的山峰是珠穆朗玛峰。\n" * 20

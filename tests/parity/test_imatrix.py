@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_tools import native as program
-from native_tools import run_native
 from numpy.typing import NDArray
 
-from make_checkpoint import make_checkpoint
 from megrez_cli import main
 from megrez_gguf import convert, quantize
 from megrez_gguf.checkpoint.config import ModelConfig
@@ -25,9 +22,11 @@ from megrez_llama.engine import Engine
 from megrez_parity.level_files import level_of
 from megrez_parity.reference import CheckpointWeights, forward
 from megrez_runtime.calibration import collect
+from support.native_tools import native as program
+from support.native_tools import run_native
+from support.paths import DATA, POCKET
+from support.random_checkpoint import make_checkpoint
 
-DATA = Path(__file__).parents[1] / "data"
-POCKET = DATA / "pocket"
 TEXT = DATA / "heldout" / "zh.txt"
 CONTEXT = 128
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from make_checkpoint import POCKET as RANDOM
-from make_checkpoint import make_checkpoint
 from megrez_gguf import convert, quantize
 from megrez_gguf.conversion.convert import plan_quantize
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError
@@ -24,8 +22,10 @@ from megrez_llama.engine import Engine
 from megrez_llama.logs import log
 from megrez_parity.level_files import KNOWN, LEVELS, Made, Maker, check, level_of, types_of
 from megrez_runtime.calibration import collect
+from support.paths import POCKET
+from support.random_checkpoint import POCKET as RANDOM
+from support.random_checkpoint import make_checkpoint
 
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
 CONTEXT = 64
 # Those of blocks of 256 weights.
 K_LEVELS = {

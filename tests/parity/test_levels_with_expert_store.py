@@ -13,7 +13,7 @@ from megrez_gguf.format.reader import GGUFFile
 from megrez_llama.engine import Engine
 from megrez_parity.level_files import LEVELS, Maker
 from megrez_runtime.memory import Needs
-from sabotage import POCKET
+from support.paths import POCKET
 
 CONTEXT = 96
 NODES = ("ffn_moe_logits", "ffn_moe_topk", "ffn_moe_weights", "ffn_moe_out", "l_out")

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native_tools import run_native
 from numpy.typing import NDArray
 
 from megrez_gguf import convert, quantize
@@ -24,10 +23,11 @@ from megrez_parity.metrics import Comparison
 from megrez_parity.reference import CheckpointWeights, forward
 from megrez_parity.results import Metrics
 from megrez_parity.windows import Window, read_corpus
+from support.native_tools import run_native
+from support.paths import POCKET
 
 pytestmark = pytest.mark.slow
 
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
 CONTEXT, WINDOWS = 256, 3  # of each of the four texts: 1524 positions
 FIRST = CONTEXT // 2
 STEP = 16 / 65535  # between two log-probabilities of the file

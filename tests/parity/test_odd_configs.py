@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from odd_configs import CASES, THRESHOLD, Case, measure, random_case
+from support.odd_configs import CASES, THRESHOLD, Case, measure, random_case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

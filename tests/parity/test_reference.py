@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from make_checkpoint import SMALL, make_checkpoint
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import CheckpointError
 from megrez_parity import reference
 from megrez_parity.reference import CheckpointWeights, forward, limit_groups, rotary, route
+from support.random_checkpoint import SMALL, make_checkpoint
 
 LIKE_GLM = SMALL | {"experts_shared_frequency": 1, "pre_gate": False, "num_hidden_layers": 4}
 

@@ -14,9 +14,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-import reports
 
-from make_checkpoint import POCKET, make_checkpoint
 from megrez_cli import main
 from megrez_gguf.errors import OutputError, RuntimeUnavailableError
 from megrez_parity import results
@@ -25,6 +23,8 @@ from megrez_parity.report.html import render as page
 from megrez_parity.report.markdown import render as markdown
 from megrez_parity.report.words import family, interval, labels, number
 from megrez_parity.results import Figure, ParityReport
+from support import reports
+from support.random_checkpoint import POCKET, make_checkpoint
 
 HOSTILE = "/models/<script>alert(1)</script>\"'&|`*/魔改 </style>\x1b[31m\udce9.gguf"
 CHROMIUM = next(

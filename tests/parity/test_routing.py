@@ -11,11 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from traces import GROUPS, VARIANTS, WINDOWS, Nodes, Stored, candidate, model, noisy
 
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.results import LayerRouting
 from megrez_parity.routing import RoutingComparison, routers
+from support.traces import GROUPS, VARIANTS, WINDOWS, Nodes, Stored, candidate, model, noisy
 
 GATE = "model.layers.{}.mlp.gate.{}"
 
@@ -247,7 +247,7 @@ def judged(
     reference: NDArray[np.float64], mine: NDArray[np.float64], ids: NDArray[np.int32]
 ) -> LayerRouting:
     """A candidate whose scores are `mine` and which chose `ids`."""
-    from traces import SMALL
+    from support.traces import SMALL
 
     config = ModelConfig.from_dict(SMALL | IDENTITY)
     comparison = RoutingComparison(config, {GATE.format(0, "weight"): torch.eye(8)})

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from megrez_cli import main
-from sabotage import POCKET, UNHARMED, harm, judge, named
-from sabotages import SABOTAGES, Sabotage
+from support.judging import UNHARMED, harm, judge, named
+from support.paths import POCKET
+from support.sabotages import SABOTAGES, Sabotage
 
 
 @pytest.fixture(scope="module")

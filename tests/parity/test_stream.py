@@ -17,15 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from make_checkpoint import SMALL, make_checkpoint
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import CheckpointError, MegrezError, OutputError
 from megrez_parity import reference, reference_store
 from megrez_parity.reference import CheckpointWeights, forward
 from megrez_parity.reference_store import StoredReference, cache_key
-from odd_configs import BASE, random_case
+from support.odd_configs import BASE, random_case
+from support.paths import POCKET
+from support.random_checkpoint import SMALL, make_checkpoint
 
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
 CONFIG: dict[str, Any] = SMALL | {"num_hidden_layers": 5}
 STAGES = [f"layer-{i:02}" for i in range(5)] + ["head"]
 

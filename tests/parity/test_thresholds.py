@@ -11,8 +11,7 @@ from megrez_llama import nodes as node_names
 from megrez_parity.level_files import LEVELS
 from megrez_parity.provenance import checkpoint_sha256
 from megrez_parity.thresholds import Thresholds
-
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
+from support.paths import POCKET
 
 
 def test_the_committed_ones_are_the_pockets() -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from traces import GROUPS, VARIANTS, WINDOWS, Nodes, candidate, computed, model, noisy
 
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_llama.nodes import TRACED
 from megrez_parity.reference import block, head, rotary
 from megrez_parity.results import Trace
 from megrez_parity.tracing import trace
+from support.traces import GROUPS, VARIANTS, WINDOWS, Nodes, candidate, computed, model, noisy
 
 TIGHT = dict.fromkeys(TRACED, 1e-11)
 LAYER = "model.layers.{}."

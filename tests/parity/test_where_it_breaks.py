@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from traces import LENGTH, VARIANTS, WINDOWS, model
 
 from megrez_gguf import convert, quantize
 from megrez_gguf.checkpoint.config import ModelConfig
@@ -26,8 +25,9 @@ from megrez_parity import routing, tracing
 from megrez_parity.audit import audit
 from megrez_parity.reference_store import StoredReference
 from megrez_parity.results import LayerRouting, TracePoint
+from support.paths import POCKET
+from support.traces import LENGTH, VARIANTS, WINDOWS, model
 
-POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 CONTEXT = 256
 CONFIG = ModelConfig.from_folder(POCKET)
 # F32 errs by its rounding alone, everywhere.

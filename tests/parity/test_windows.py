@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from make_checkpoint import POCKET as CONFIG
-from make_checkpoint import make_checkpoint
 from megrez_cli import console
 from megrez_gguf import convert
 from megrez_gguf.checkpoint.location import Location
@@ -16,9 +14,10 @@ from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import ConfigError, TokenizerError
 from megrez_llama.engine import Engine
 from megrez_parity.windows import Corpus, read_corpus
+from support.paths import DATA, POCKET
+from support.random_checkpoint import POCKET as CONFIG
+from support.random_checkpoint import make_checkpoint
 
-DATA = Path(__file__).parents[1] / "data"
-POCKET = DATA / "pocket"
 TEXTS = sorted((DATA / "heldout").glob("*.txt"))
 
 

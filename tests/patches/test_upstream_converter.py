@@ -20,13 +20,11 @@ from megrez_llama_build import source
 from safetensors.torch import load_file, save_file
 
 import megrez_gguf
-from make_checkpoint import make_checkpoint
 from megrez_gguf.errors import MegrezError
-from odd_configs import BASE, CASES, Case
+from support.odd_configs import BASE, CASES, Case
+from support.paths import POCKET
+from support.random_checkpoint import make_checkpoint
 
-from .conftest import REPO
-
-POCKET = REPO / "tests" / "data" / "pocket"
 Tensors = dict[str, torch.Tensor]
 
 # Keys of which the two may differ, and why.

@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chatting import chat
 
-from make_checkpoint import make_checkpoint
 from megrez_gguf import convert
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.reader import GGUFFile
@@ -26,8 +24,10 @@ from megrez_runtime import expert_stats, load
 from megrez_runtime.bench import bench
 from megrez_runtime.errors import DecodeError, MemoryBudgetError
 from megrez_runtime.memory import Needs, batch_for
+from support.commands import chat
+from support.paths import POCKET
+from support.random_checkpoint import make_checkpoint
 
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
 MIB = 1 << 20
 
 

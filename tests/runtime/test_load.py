@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chatting import chat, edit_json
 from gguf import GGUFReader, GGUFWriter
 
 import megrez_llama.patched
@@ -18,6 +17,8 @@ from megrez_gguf.machine import available_cpus
 from megrez_llama.logs import log
 from megrez_runtime import load
 from megrez_runtime.errors import ContextError
+from support.checkpoints import set_json
+from support.commands import chat
 
 
 def test_loads_an_ordinary_llama_with_this_machines_cpus(model: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_context_that_cannot_be_made_is_refused(model: Path) -> None:
 def test_a_template_that_is_no_jinja_is_refused(make: object, tmp_path: Path) -> None:
     assert callable(make)
     broken = make(
-        lambda f: edit_json(f / "tokenizer_config.json", chat_template="<|turn_end|>{% for %}")
+        lambda f: set_json(f / "tokenizer_config.json", chat_template="<|turn_end|>{% for %}")
     )
     with pytest.raises(GGUFError, match=r"its chat template is not valid Jinja: "):
         load(broken)

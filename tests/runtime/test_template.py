@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chatting import edit_json
 from gguf import GGUFReader
 
-from conftest import Make
 from megrez_gguf.errors import GGUFError
 from megrez_runtime import load
 from megrez_runtime.template import ChatTemplate, Message, Role
+from support.checkpoints import Make, set_json
 
 SAID: list[tuple[Role, str]] = [
     ("system", "你是一个助手。 Be brief."),
@@ -115,7 +114,7 @@ def test_answers_keep_the_tokens_they_were_drawn_as(llm: Any) -> None:
 
 def with_template(make: Make, source: str) -> Any:
     def edit(folder: Path) -> None:
-        edit_json(folder / "tokenizer_config.json", chat_template=source)
+        set_json(folder / "tokenizer_config.json", chat_template=source)
 
     return load(make(edit), n_ctx=256)
 

@@ -14,11 +14,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import make_checkpoint as maker
-from make_checkpoint import FULL, POCKET, make_checkpoint, tensor_shapes
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import ConfigError, OutputError
 from megrez_parity.reference import CheckpointWeights, forward
+from support import random_checkpoint as maker
+from support.paths import REPO
+from support.random_checkpoint import FULL, POCKET, make_checkpoint, tensor_shapes
 
 SMALL = POCKET | {"num_hidden_layers": 4, "vocab_size": 512}
 
@@ -169,9 +170,8 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, maker.__file__, *map(str, arguments)], capture_output=True, text=True
-    )
+    command = [sys.executable, REPO / "scripts/make_checkpoint.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_command(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import (
+
+from support.checkpoints import (
     Make,
     bf16,
-    cli,
     edit_json,
     merge,
     read_shard,
@@ -22,6 +22,7 @@ from checkpoints import (
     write_raw_shard,
     write_shard,
 )
+from support.commands import cli
 
 Damage = Callable[[Path], Any]
 INDEX = "model.safetensors.index.json"

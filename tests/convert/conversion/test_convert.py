@@ -15,16 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import (
-    TINY,
-    Make,
-    as_f32,
-    cli,
-    edit_json,
-    merge,
-    read_all,
-    shards,
-)
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 
@@ -36,6 +26,9 @@ from megrez_gguf.conversion import plan as plans
 from megrez_gguf.conversion.plan import ConvertResult
 from megrez_gguf.errors import CheckpointError, ConfigError, MegrezError, OutputError
 from megrez_gguf.storage import output
+from support.checkpoints import Make, as_f32, edit_json, merge, read_all, shards
+from support.commands import cli
+from support.configurations import TINY
 
 GOLDEN = Path(__file__).parent / "golden.json"
 DENSE = ("gate", "up", "down")
@@ -224,7 +217,7 @@ def test_mixed_types_take_the_commonest(make: Make) -> None:
 def test_golden(make: Make) -> None:
     """Key-values and tensor hashes of a seeded conversion, as committed.
 
-    After an intended change: MEGREZ_UPDATE_GOLDEN=1 pytest tests/convert/test_convert.py -k golden
+    After an intended change: MEGREZ_UPDATE_GOLDEN=1 pytest tests/convert -k golden
     """
     path = convert(make(), "q8_0").path
     digest = {

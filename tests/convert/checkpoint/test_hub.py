@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Make
-from hub_server import COMMIT, REPOSITORY, HubServer, serve
 
 from megrez_gguf.checkpoint import hub
 from megrez_gguf.checkpoint.shards import announced_shards
 from megrez_gguf.errors import SourceError
 from megrez_gguf.format.reader import GGUFFile
+from support.checkpoints import Make
+from support.hub_server import COMMIT, REPOSITORY, HubServer, serve
 
 # What no repository may make us fetch.
 BAIT = ("modeling_megrez.py", "pytorch_model.bin", "other.safetensors", "model-Q4.gguf", "x.pt")

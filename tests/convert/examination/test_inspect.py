@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import Make, bf16, cli, edit_json, merge
 from gguf import GGUFWriter
 
 import megrez_gguf
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.examination.inspection import Group
+from support.checkpoints import Make, bf16, edit_json, merge
+from support.commands import cli
 
 
 @pytest.fixture

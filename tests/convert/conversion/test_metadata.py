@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import TINY
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megrez_gguf.checkpoint import location
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.conversion import metadata
+from support.configurations import TINY
 
 PUBLISHED: dict[str, Any] = TINY | {
     "experts_shared_frequency": 3,

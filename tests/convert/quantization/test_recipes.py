@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import TINY, Make, cli
 
-from make_checkpoint import FULL, make_checkpoint
 from megrez_gguf.conversion.convert import plan_convert
 from megrez_gguf.errors import ConfigError
 from megrez_gguf.quantization import recipe
+from support.checkpoints import Make
+from support.commands import cli
+from support.configurations import TINY
+from support.paths import POCKET
+from support.random_checkpoint import FULL, make_checkpoint
 
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
 # A recipe's name says whose size it may have.
 BOUNDS = {"megrez-q3": "q3_k_m", "megrez-q4": "q4_k_m", "megrez-q5": "q5_k_m"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ import train_pocket
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights
 from ngram import Trigram
+from support.paths import DATA, POCKET
 
-DATA = Path(__file__).parents[1] / "data"
-POCKET = DATA / "pocket"
 QUESTION = "世界上最高的山峰是哪座？"
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import Make, cli, merge
 
 import megrez_gguf
 from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.examination.verification import verify
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization.imatrix import Imatrix
+from support.checkpoints import Make, merge
+from support.commands import cli
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 512}
 

@@ -1,4 +1,4 @@
-"""Ways to make, read and damage tiny checkpoints, and the command line in process."""
+"""Ways to read and damage tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -8,34 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from typer.testing import CliRunner, Result
-
-from megrez_cli import app
-
-ROOT = Path(__file__).parents[2]
-
-
-# Two leading dense layers, a full group of two and a short last one; every size is different.
-TINY: dict[str, Any] = {
-    "architectures": ["MegrezMoeForCausalLM"],
-    "experts_shared_frequency": 2,
-    "first_k_dense_replace": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "model_type": "megrez_moe",
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "n_shared_experts": 3,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 2,
-    "pre_gate": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 5000000.0,
-    "vocab_size": 320,
-}
 
 Make = Callable[..., Path]
 Entry = tuple[str, tuple[int, ...], bytes]
@@ -93,6 +65,10 @@ def edit_json(path: Path, edit: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(content if result is None else result), encoding="utf-8")
 
 
+def set_json(path: Path, **fields: Any) -> None:
+    edit_json(path, lambda content: content | fields)
+
+
 def bf16(values: Any) -> bytes:
     """Truncate to bfloat16; exact for the round numbers tests use."""
     return (np.asarray(values, dtype="<f4").view("<u4") >> 16).astype("<u2").tobytes()
@@ -105,8 +81,3 @@ def as_f32(entry: Entry) -> np.ndarray[Any, Any]:
     else:
         flat = np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype("<f4")
     return flat.reshape(shape)
-
-
-def cli(*args: Any) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(app, [str(a) for a in args])

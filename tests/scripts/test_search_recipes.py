@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 import search_recipes as search
-from make_checkpoint import SMALL, make_checkpoint
 from megrez_gguf.conversion.convert import convert
 from megrez_gguf.quantization import recipe
 from search_recipes import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
-
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
+from support.paths import POCKET
+from support.random_checkpoint import SMALL, make_checkpoint
 
 
 def options(seed: int, roles: int = 5) -> list[list[Choice]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import cli, edit_json
 
 from megrez_gguf.checkpoint.documents import Documents
 from megrez_gguf.checkpoint.tokenizer import (
@@ -20,6 +19,8 @@ from megrez_gguf.checkpoint.tokenizer import (
     read_vocabulary,
 )
 from megrez_gguf.errors import TokenizerError
+from support.checkpoints import edit_json
+from support.commands import cli
 
 SIZE = 320
 Edit = Callable[[dict[str, Any]], Any]

@@ -1,4 +1,4 @@
-"""A tiny configuration, and a checkpoint next to its conversion."""
+"""A checkpoint next to its conversion, and what the reference makes of it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from make_checkpoint import FULL
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, forward
+from support.configurations import FOR_K_QUANTS
 
-# One dense layer, a full group of three, a short one of two. Rows of 256 take K-quants; 96 do not.
-TINY: dict[str, Any] = FULL | {
-    "hidden_size": 256,
-    "intermediate_size": 160,
-    "max_position_embeddings": 256,
-    "moe_intermediate_size": 96,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 3,
-    "num_hidden_layers": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 384,
-}
-TOKENS: list[int] = np.random.default_rng(7).integers(0, TINY["vocab_size"], 48).tolist()
+TOKENS: list[int] = np.random.default_rng(7).integers(0, FOR_K_QUANTS["vocab_size"], 48).tolist()
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import cli
 
 import megrez_gguf
-
-RUN = [sys.executable, "-m", "megrez_cli"]
+from support.commands import RUN, cli
 
 
 def test_help_is_fast() -> None:

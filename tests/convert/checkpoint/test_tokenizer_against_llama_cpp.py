@@ -14,15 +14,16 @@ from typing import Any
 import hypothesis.strategies as st
 import llama_cpp
 import pytest
-from checkpoints import ROOT, edit_json
 from hypothesis import given, settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import megrez_gguf
-from make_checkpoint import POCKET, make_checkpoint
 from megrez_gguf.checkpoint.tokenizer import PRE_TOKENIZERS
+from support.checkpoints import edit_json
+from support.paths import MULTILINGUAL, REPO
+from support.random_checkpoint import POCKET, make_checkpoint
 
-CORPUS = (ROOT / "tests/data/multilingual.txt").read_text(encoding="utf-8")
+CORPUS = MULTILINGUAL.read_text(encoding="utf-8")
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>"]
 MODEL = POCKET | {
     "hidden_size": 32,
@@ -130,7 +131,7 @@ def upstream_source() -> Iterator[Path]:
     if folder := os.environ.get("MEGREZ_LLAMA_SRC"):
         yield Path(folder)
         return
-    sys.path.insert(0, str(ROOT / "bindings/llama-cpp-python"))
+    sys.path.insert(0, str(REPO / "bindings/llama-cpp-python"))
     try:
         from megrez_llama_build import source
 
@@ -179,7 +180,7 @@ def test_pocket_and_made_up_tokenizers(tmp_path: Path, upstream_inputs: list[str
     """The tokenizers this repository ships, as they are."""
     make_checkpoint(MODEL, tmp_path / "made")
     folders = [tmp_path / "made"]
-    pocket = ROOT / "tests/data/pocket"
+    pocket = REPO / "tests/data/pocket"
     if (pocket / "config.json").exists():
         copy = tmp_path / "pocket"
         copy.symlink_to(pocket)

@@ -1,21 +1,26 @@
-"""Ways to edit a checkpoint, and to run the chat command."""
+"""The command line, in this process and in one of its own."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner, Result
 
-def edit_json(path: Path, **fields: Any) -> None:
-    content = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(content | fields), "utf-8")
+from megrez_cli import app
+
+RUN = [sys.executable, "-m", "megrez_cli"]
+
+
+def cli(*arguments: Any) -> Result:
+    """Run it in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def chat_command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "megrez_cli", "chat", *map(str, arguments)]
+    return [*RUN, "chat", *map(str, arguments)]
 
 
 def chat(*arguments: str | Path, stdin: str | bytes = b"") -> subprocess.CompletedProcess[bytes]:

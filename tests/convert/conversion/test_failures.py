@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import Make, merge, read_all, shards
 
 import megrez_gguf
 from megrez_cli import console
@@ -25,6 +24,7 @@ from megrez_gguf.conversion import stream
 from megrez_gguf.errors import CheckpointError, OutputError
 from megrez_gguf.quantization import encode
 from megrez_gguf.storage import open_shards, output
+from support.checkpoints import Make, merge, read_all, shards
 
 # The weights are copied as they are; or encoded here; or by ggml.
 LEVELS = ["bf16", "f32", "q4_0"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+from support.paths import REPO
 
 
 def native(name: str) -> Path:

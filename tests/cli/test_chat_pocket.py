@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chatting import chat
-
 import megrez_gguf
-
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
+from support.commands import chat
+from support.paths import POCKET
 
 
 def test_the_pocket_model_knows_the_highest_mountain(tmp_path: Path) -> None:

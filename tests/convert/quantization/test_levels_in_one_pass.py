@@ -15,10 +15,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from checkpoints import TINY, Entry, Make, cli, merge
 
 import megrez_gguf
-from make_checkpoint import make_checkpoint
 from megrez_gguf.conversion.convert import plan_convert
 from megrez_gguf.conversion.plan import Conversion
 from megrez_gguf.format.reader import GGUFFile
@@ -26,6 +24,10 @@ from megrez_gguf.quantization import levels
 from megrez_gguf.quantization.imatrix import Imatrix
 from megrez_gguf.quantization.types import Fallback
 from megrez_llama.logs import log
+from support.checkpoints import Entry, Make, merge
+from support.commands import cli
+from support.configurations import TINY
+from support.random_checkpoint import make_checkpoint
 
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 512}
 # What llama.cpp's choice of types looks at: widths, numbers of layers, experts and heads, and

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from make_checkpoint import SMALL, make_checkpoint
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, forward
+from support.random_checkpoint import SMALL, make_checkpoint
 
 Weights = Mapping[str, Tensor]
 Nodes = dict[tuple[str, int], NDArray[Any]]

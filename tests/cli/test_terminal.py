@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from chatting import chat, chat_command
+
+from support.commands import chat, chat_command
 
 FIGURES = rb"\[(?:[^;\]]*; )?(\d+) tokens(, [\d.]+ tok/s)?; prompt \d+.*\]\n"
 LONG = ("--temp", "0", "--ctx", "32768")  # an answer of half a minute

@@ -11,8 +11,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from make_checkpoint import POCKET as RANDOM
-from make_checkpoint import make_checkpoint
 from megrez_gguf import convert, quantize
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.errors import GGUFError, RuntimeUnavailableError
@@ -21,8 +19,10 @@ from megrez_llama import ggml
 from megrez_llama.engine import Engine
 from megrez_llama.ggml import Tensor, check_layout, library
 from megrez_parity.reference import CheckpointWeights, forward
+from support.paths import POCKET
+from support.random_checkpoint import POCKET as RANDOM
+from support.random_checkpoint import make_checkpoint
 
-POCKET = Path(__file__).parents[1] / "data" / "pocket"
 CONTEXT, FIRST = 64, 48
 ROUTING = {"ffn_moe_logits", "ffn_moe_probs_biased", "ffn_moe_topk", "ffn_moe_weights"}
 NAMES = ROUTING | {

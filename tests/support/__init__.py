@@ -1,0 +1,1 @@
+"""What tests, and the scripts that do as tests do, share. Import it as `support`."""
