@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POCKET = Path("tests/data/pocket")
 WINDOWS = 16
 # In the README: those a user chooses among.
-USUAL = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "recipe:megrez-q5", "q4_k_m")
-USUAL += ("recipe:megrez-q4", "q4_0", "q3_k_m", "recipe:megrez-q3")
+USUAL = ("f32", "bf16", "q8_0", "q4_k_m", "recipe:megrez-q4", "q3_k_m", "recipe:megrez-q3")
 BLOCK = re.compile(r"(?s)(<!-- results:begin[^\n]*-->\n).*?(<!-- results:end -->)")
 
 

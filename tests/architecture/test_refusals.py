@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Q
 
-from support.gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
-from support.llama import LlamaError, logits
-from support.samples import Sample
-
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.model_check import check_model
 from megrez_gguf.format.reader import GGUFFile
+from support.gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
+from support.llama import LlamaError, logits
+from support.samples import Sample
 
 Edit = Callable[[Gguf], None]
 
