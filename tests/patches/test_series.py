@@ -78,14 +78,14 @@ def test_every_patch_and_overlay_file_is_explained() -> None:
 def test_check_reports_conflicts_and_exits_1(mini: Mini) -> None:
     mini.patch("0001-one.patch", diff("vendor/one.cpp", insert(5, "A").replace("6", "six")))
     mini.patch("0002-two.patch", diff("vendor/two.cpp", insert(9, "C").replace("10", "ten")))
-    done = mini.run(str(mini.root / "scripts/patches"), "check")
+    done = mini.run(str(mini.root / "scripts/development/patches"), "check")
     assert done.returncode == 1
     assert "0001-one.patch: vendor/one.cpp, hunk 1" in done.stderr
     assert "0002-two.patch: vendor/two.cpp, hunk 1" in done.stderr
 
 
 def patches(mini: Mini, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return mini.run(str(mini.root / "scripts/patches"), *map(str, arguments))
+    return mini.run(str(mini.root / "scripts/development/patches"), *map(str, arguments))
 
 
 def git(tree: Path, *arguments: str) -> str:
@@ -175,7 +175,7 @@ def test_bump_relocates_or_lists_what_breaks(mini: Mini, breaks: bool) -> None:
     newer = mini.sdist.with_name("newer.tar.gz")
     digest = make_sdist(newer, upstream)
     before = contents(mini.patches)
-    command = [str(mini.root / "scripts/patches"), "bump", "8.0.0"]
+    command = [str(mini.root / "scripts/development/patches"), "bump", "8.0.0"]
     done = mini.run(*command, MEGREZ_LLAMA_SDIST=str(newer))
     assert done.returncode == int(breaks), done.stderr
     assert "0001-one.patch: vendor/one.cpp, hunk 1: its lines moved from 5 to 6" in done.stdout

@@ -150,7 +150,7 @@ def _wrong_hash(pin: Pin, found: str, origin: str) -> SourceError:
         f"  from     {origin}\n"
         "Nothing was built. Remedy: if the source is a mirror or a proxy, it serves an altered or "
         "damaged file: use another index (PIP_INDEX_URL), or point MEGREZ_LLAMA_SDIST at a copy "
-        "whose hash matches. Change patches/PIN only with `scripts/patches bump`."
+        "whose hash matches. Change patches/PIN only with `scripts/development/patches bump`."
     )
 
 
@@ -302,7 +302,7 @@ def _check_file(name: str, item: Any, root: Path) -> Iterator[Conflict]:
         )
         return
     lines = [line.rstrip(b"\r\n") for line in path.read_bytes().splitlines()]
-    port = "amend its commit in a tree from `scripts/patches tree`, then `scripts/patches export`"
+    port = "amend its commit in a tree from `scripts/development/patches tree`, then `scripts/development/patches export`"
     for number, hunk in enumerate(item.hunks, 1):
         old, new = _sides(hunk)
         if _at(lines, hunk.startsrc, old):
@@ -314,7 +314,7 @@ def _check_file(name: str, item: Any, root: Path) -> Iterator[Conflict]:
                 file,
                 number,
                 f"its lines moved from {hunk.startsrc} to {places[0]}",
-                "`scripts/patches bump --write` relocates it",
+                "`scripts/development/patches bump --write` relocates it",
                 moved=True,
             )
         elif _at(lines, hunk.starttgt, new) or len(_places(lines, new)) == 1:
