@@ -23,11 +23,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import pytest
 
 from support.checkpoints import Make
 from support.configurations import TALKING, TINY
 from support.shared import Shared
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Slow tests of folders whose files say nothing of it: a part of the test's id.
 SLOW = (

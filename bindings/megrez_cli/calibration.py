@@ -15,17 +15,19 @@ from megrez_cli import console, options
 def imatrix(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
     model: Annotated[Path | None, typer.Argument(help="GGUF file to run.")] = None,
-    text: Annotated[list[Path] | None, typer.Argument(help="UTF-8 texts.")] = None,
+    text: Annotated[list[Path] | None, typer.Argument(help="UTF-8 texts to run it over.")] = None,
     merge: Annotated[
         list[Path] | None,
-        typer.Option("--merge", help="Add this importance matrix; repeatable. Needs no TEXT."),
+        typer.Option(
+            "--merge", help="Add this importance matrix; repeatable. Then TEXT may be left out."
+        ),
     ] = None,
     chunks: Annotated[
-        int | None, typer.Option(min=1, help="Chunks a text.  [default: all]")
+        int | None, typer.Option(min=1, help="Chunks to take of each text.  [default: all]")
     ] = None,
-    ctx: Annotated[int, typer.Option(min=1, help="Tokens a chunk.")] = 512,
+    ctx: Annotated[int, typer.Option(min=1, help="Tokens in a chunk.")] = 512,
     parse_special: Annotated[
-        bool, typer.Option("--parse-special", help="Read special tokens in the texts.")
+        bool, typer.Option("--parse-special", help="Treat special tokens in the texts as special.")
     ] = False,
     process_output: Annotated[
         bool, typer.Option("--process-output", help="Include the output matrix.")
@@ -35,7 +37,8 @@ def imatrix(
 ) -> None:
     """Collect an importance matrix, in llama-imatrix's format.
 
-    A pool of experts gathers from all layers that use it. Experts that no token reached are named.
+    It tells `convert` and `quantize` which weights matter most. A pool of experts gathers from all
+    layers that share it. Experts that no token reached are named.
 
     \b
     Examples:

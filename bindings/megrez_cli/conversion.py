@@ -18,14 +18,18 @@ def convert(
         Path | None, typer.Option("--out", "-o", help="Output file.  [default: NAME-TYPE.gguf]")
     ] = None,
     outtype: Annotated[
-        str, typer.Option(help="Level, e.g. q8_0 or q4_k_m; auto is the checkpoint's own type.")
+        str,
+        typer.Option(help="Level, e.g. q8_0 or q4_k_m; auto keeps the checkpoint's own type."),
     ] = "auto",
     imatrix: options.Imatrix = None,
     recipe: options.Recipe = None,
     split_max_size: options.Split = None,
     force: options.Force = False,
     clamp: Annotated[
-        bool, typer.Option("--clamp", help="Limit weights beyond the type's range to it.")
+        bool,
+        typer.Option(
+            "--clamp", help="Clip weights that the type cannot hold, which is refused otherwise."
+        ),
     ] = False,
     revision: options.Revision = None,
     dry_run: options.DryRun = False,
@@ -33,8 +37,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to GGUF, at any level in one pass.
 
-    Norms, routers and biases are always F32. Levels that quantize give what llama-quantize gives,
-    and need the patched llama-cpp-python. The output appears whole or not at all.
+    Norms, routers and biases are always F32. Quantized levels need the patched llama-cpp-python,
+    and give byte for byte what llama-quantize gives. The output appears whole or not at all.
 
     \b
     Examples:
@@ -78,7 +82,9 @@ def convert(
 def quantize(
     source: Annotated[Path, typer.Argument(help="GGUF file in f32, bf16 or f16.")],
     out: Annotated[Path, typer.Argument(help="Output file.")],
-    level: Annotated[str, typer.Argument(help="Level, e.g. q4_k_m; auto with --recipe.")] = "auto",
+    level: Annotated[
+        str, typer.Argument(help="Level, e.g. q4_k_m; leave it out with --recipe.")
+    ] = "auto",
     force: options.Force = False,
     imatrix: options.Imatrix = None,
     recipe: options.Recipe = None,
@@ -122,17 +128,15 @@ def quantize(
 
 def verify(
     path: Annotated[Path, typer.Argument(help="GGUF file, or the first part of a split one.")],
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Folder, or owner/name or modelscope:owner/name.")
-    ] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help=options.CHECKPOINT_HELP)] = None,
     imatrix: options.Imatrix = None,
     revision: options.Revision = None,
     as_json: options.Json = False,
 ) -> None:
     """Check every tensor of a file against its recorded hash and its checkpoint.
 
-    Without CHECKPOINT, tells damage since the file was written. With it, encodes every tensor anew
-    and compares byte for byte, for files of any program. Exits 1 where anything differs.
+    Without CHECKPOINT it finds damage since the file was written. With it, every tensor is encoded
+    again and compared byte for byte, whatever program made the file. Exits 1 if anything differs.
 
     \b
     Examples:
@@ -168,15 +172,21 @@ def verify(
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(help="GGUF file, folder, owner/name or modelscope:owner/name.")
+        str,
+        typer.Argument(
+            help="A GGUF file or a checkpoint: a folder, owner/name or modelscope:owner/name."
+        ),
     ],
     revision: options.Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     scan: Annotated[
-        bool, typer.Option("--scan/--no-scan", help="Read all weights, to count those at risk.")
+        bool,
+        typer.Option("--scan/--no-scan", help="Read all weights, to count those at risk."),
     ] = True,
 ) -> None:
     """Show hyper-parameters, expert groups, tensors and weights at risk.
+
+    At risk are weights that F16 would turn into infinity or into zero.
 
     \b
     Examples:

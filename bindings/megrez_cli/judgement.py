@@ -17,37 +17,42 @@ def parity(
     checkpoint: options.Checkpoint,
     levels: Annotated[
         str | None,
-        typer.Option(help="Comma-separated, e.g. q8_0,q4_k_m+imatrix.  [default: the usual ones]"),
+        typer.Option(help="Levels to make, e.g. q8_0,q4_k_m+imatrix.  [default: the usual ones]"),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
-        typer.Option("--gguf", help="Judge this file of the checkpoint, too; repeatable."),
+        typer.Option("--gguf", help="Judge this existing file; repeatable."),
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt at CKPT]"),
+        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt beside it]"),
     ] = None,
-    ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    windows: Annotated[int, typer.Option(help="Windows a text, from its start.")] = 4,
+    ctx: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows to take from the start of each text.")] = 4,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Name the first tensor that errs by itself.")
+        bool, typer.Option("--trace", help="Find the first tensor that is wrong by itself.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option("--report", help="Write report.html, .json and .md here.")
+        Path | None, typer.Option("--report", help="Folder for report.html, .json and .md.")
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Keep the reference here.  [default: kept from 1 GiB on]"),
+        typer.Option(
+            "--cache", help="Folder that keeps the reference.  [default: the user's, from 1 GiB on]"
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None,
-        typer.Option("--imatrix", help="Importance matrix (GGUF).  [default: made of the texts]"),
+        typer.Option("--imatrix", help="For +imatrix levels.  [default: made from the texts]"),
     ] = None,
     thresholds: Annotated[
-        Path | None, typer.Option("--thresholds", help="JSON with bounds.  [default: ours]")
+        Path | None,
+        typer.Option(
+            "--thresholds", help="JSON with bounds of your own.  [default: the pocket checkpoint's]"
+        ),
     ] = None,
     revision: options.Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare a checkpoint's GGUF levels with a torch reference.
 

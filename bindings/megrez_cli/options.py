@@ -9,7 +9,7 @@ import typer
 
 from megrez_gguf.text import parse_size
 
-CHECKPOINT_HELP = "Folder, or owner/name on Hugging Face, or modelscope:owner/name."
+CHECKPOINT_HELP = "A folder, or owner/name on Hugging Face, or modelscope:owner/name."
 
 
 def size(text: str) -> int:
@@ -28,38 +28,50 @@ Checkpoint = Annotated[str, typer.Argument(help=CHECKPOINT_HELP)]
 Model = Annotated[Path, typer.Argument(help="GGUF file.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Imatrix = Annotated[
-    Path | None, typer.Option("--imatrix", help="Importance matrix, as llama-imatrix writes it.")
+    Path | None,
+    typer.Option("--imatrix", help="Importance matrix, from `imatrix` or llama-imatrix."),
 ]
 Recipe = Annotated[
     str | None,
-    typer.Option("--recipe", help="megrez-q4, or TOML with a level and the types that differ."),
+    typer.Option(
+        "--recipe",
+        help="Mix of types in place of a level: megrez-q3, megrez-q4, megrez-q5 or a TOML file.",
+    ),
 ]
 Split = Annotated[
     int | None,
-    typer.Option("--split-max-size", parser=size, metavar="SIZE", help="Split, e.g. by 2G."),
+    typer.Option(
+        "--split-max-size",
+        parser=size,
+        metavar="SIZE",
+        help="Split into files of this size at most, e.g. 2G.",
+    ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Tell sizes, types, fallbacks and about how long; no output."),
+    typer.Option("--dry-run", help="Show types, sizes, fallbacks and time; write nothing."),
 ]
-Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of the repository.")
-]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit to fetch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="[default: all CPUs]")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads that compute.  [default: all CPUs]")
+]
 Ram = Annotated[
     Any,
     typer.Option(
         "--ram",
         parser=_ram,
         metavar="SIZE",
-        help="Memory for the whole process, e.g. 2GiB: experts beyond it stay in the file. "
-        "auto: what is free; off: everything in memory.",
+        help="Memory for the whole process, e.g. 2GiB; experts that do not fit stay in the file. "
+        "auto takes what is free, off keeps everything in memory.",
     ),
 ]
 ExpertCache = Annotated[
     int | None,
     typer.Option(
-        "--expert-cache", parser=size, metavar="SIZE", help="Memory for experts, e.g. 1GiB."
+        "--expert-cache",
+        parser=size,
+        metavar="SIZE",
+        help="Memory for the experts alone, e.g. 1GiB, in place of --ram.",
     ),
 ]

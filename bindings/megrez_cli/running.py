@@ -17,7 +17,7 @@ def chat(
     model: options.Model,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="Answer this and leave; - reads it from stdin."),
+        typer.Option("--prompt", "-p", help="Answer this and exit; - reads it from stdin."),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="System prompt.  [default: the chat template's own]")
@@ -25,33 +25,57 @@ def chat(
     temp: Annotated[
         float | None, typer.Option(min=0, help="Temperature; 0 is greedy.  [default: the file's]")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the file's]")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Draw from the likeliest tokens up to this probability.  [default: the file's]",
+        ),
+    ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="0 is off.  [default: the file's]")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Draw from this many of the likeliest tokens; 0 is off.  [default: the file's]",
+        ),
     ] = None,
-    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the file's]")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Leave out tokens below this share of the likeliest.  [default: the file's]",
+        ),
+    ] = None,
     repeat_penalty: Annotated[
-        float | None, typer.Option(min=0.01, help="1 is off.  [default: the file's]")
+        float | None,
+        typer.Option(min=0.01, help="Make repeats less likely; 1 is off.  [default: the file's]"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The same seed gives the same answer.")
+    ] = None,
     ctx: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of context.  [default: all, up to 8192]"),
+        typer.Option(min=1, help="Tokens of context.  [default: all the model has, up to 8192]"),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="End an answer after so many tokens.")
+    ] = None,
     threads: options.Threads = None,
     gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers on the GPU; -1 is all.")] = -1,
     ram: options.Ram = "auto",
     expert_cache: options.ExpertCache = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="After an answer, what the expert cache did.")
+        bool, typer.Option("--stats", help="Show what the expert cache did, after each answer.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
 ) -> None:
     """Chat with a model, in the terminal or through a pipe.
 
-    Answers go to stdout, everything else to stderr. Sampling not asked for here is the file's own,
-    or else temperature 0.7 and top_p 0.9. Ctrl-C stops an answer; /help lists the commands.
+    Answers go to stdout, everything else to stderr. Sampling is as the file says unless you say
+    otherwise; a file that says nothing gets temperature 0.7 and top_p 0.9, the model card's advice.
+    Ctrl-C stops an answer; /help lists the commands.
 
     \b
     Examples:
@@ -91,9 +115,9 @@ def bench(
         int, typer.Option(min=0, help="Tokens of the prompt; 0 leaves it out.")
     ] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 64,
-    warmup: Annotated[int, typer.Option(min=0, help="Tokens decoded before, not timed.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs; their median counts.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random tokens.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Tokens decoded first and not timed.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; the median is reported.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0,
     threads: options.Threads = None,
     ram: options.Ram = "auto",
     expert_cache: options.ExpertCache = None,

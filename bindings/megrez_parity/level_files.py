@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from megrez_gguf import convert
 from megrez_gguf.conversion.metadata import RECIPE
-from megrez_gguf.conversion.plan import Fallback
 from megrez_gguf.errors import ConfigError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import imatrix, levels, recipe
 from megrez_gguf.quantization.imatrix import Imatrix
 from megrez_gguf.quantization.levels import EITHER, FLOATS, PLAIN, WEIGHTED
+from megrez_gguf.quantization.types import Fallback
 from megrez_gguf.text import Say, silent
 from megrez_runtime.calibration import collect
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megrez_gguf.conversion.plan import Fallback
+from megrez_gguf.quantization.types import Fallback
 
 # Raised whenever a field changes its name or meaning.
 SCHEMA_VERSION = 1

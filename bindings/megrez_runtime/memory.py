@@ -139,6 +139,29 @@ class Needs:
         return fixed + self.at_once(n_ubatch)
 
 
+def cache_batch(needs: Needs, cache: int) -> int:
+    """The largest n_ubatch of `UBATCHES` whose experts `cache` bytes hold; 1 if none."""
+    return next((n for n in UBATCHES if needs.at_once(n) <= cache), 1)
+
+
+def check_cache(needs: Needs, cache: int, n_ubatch: int) -> None:
+    """Raises MemoryBudgetError: `cache` bytes cannot hold the experts of a batch at once."""
+    held = cache // max(needs.slot_bytes, 1)
+    least = min(needs.n_experts, max(needs.n_used, 2))
+    if held < least:
+        raise MemoryBudgetError(
+            f"{needs.path}: an expert cache of {cache} bytes holds {held} experts, and {least} "
+            f"are used at once: at least {least * needs.slot_bytes} bytes are needed"
+        )
+    if needs.at_once(n_ubatch) > cache:
+        wanted = needs.at_once(n_ubatch) // needs.slot_bytes
+        raise MemoryBudgetError(
+            f"{needs.path}: a batch of {n_ubatch} tokens can use {wanted} experts at once, and the "
+            f"expert cache holds {held}: make it {needs.at_once(n_ubatch)} bytes, or n_ubatch "
+            f"{held // needs.n_used} at most"
+        )
+
+
 def batch_for(needs: Needs, ram: int, n_ctx: int) -> int:
     """The largest n_ubatch of `UBATCHES` that suits a process of `ram` bytes.
 

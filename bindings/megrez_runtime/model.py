@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megrez_gguf.errors import GGUFError
+from megrez_gguf.format.model_check import check_model
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus, available_memory, resident_memory
 from megrez_gguf.text import format_size, parse_size
@@ -17,7 +18,7 @@ from megrez_llama import ARCH, expert_store
 from megrez_llama.logs import log
 from megrez_llama.patched import require_patched
 from megrez_runtime.errors import ContextError, MemoryBudgetError
-from megrez_runtime.memory import SHARE, SLACK, UBATCHES, Needs, batch_for
+from megrez_runtime.memory import SHARE, SLACK, UBATCHES, Needs, batch_for, cache_batch, check_cache
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -63,6 +64,7 @@ def load(
     path = Path(path)
     file = GGUFFile.open_model(path)
     values = file.values
+    check_model(values, file.tensors, path)
     trained = values.get(f"{ARCH}.context_length")
     if n_ctx is None:
         n_ctx = min(trained if type(trained) is int else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
@@ -86,13 +88,16 @@ def load(
             "n_outputs_max": 0 if all_logits else 1,
         }
         options = batches | options | {"kv_overrides": overrides, "use_mmap": False}
+        n_tokens = min(n_ctx, options["n_batch"], options["n_ubatch"])
+        check_cache(plan.needs, plan.cache, n_tokens)
         n_gpu_layers = 0
 
     log.install(llama_cpp, verbose=verbose)
     threads = n_threads or available_cpus()
     options = {"n_threads_batch": threads} | options
+    llm = llama_cpp.Llama.__new__(llama_cpp.Llama)
     try:
-        llm = llama_cpp.Llama(
+        llm.__init__(  # in two steps, to see how far it got
             str(path),
             n_ctx=n_ctx,
             n_threads=threads,
@@ -104,9 +109,7 @@ def load(
         raise GGUFError(f"{path}: its chat template is not valid Jinja: {e}") from None
     except (ValueError, RuntimeError) as e:
         reason = log.take_errors() or str(e)
-        if plan and "expert cache" in reason:
-            raise MemoryBudgetError(f"{path}: {reason}") from None
-        if "llama_context" in str(e):
+        if hasattr(llm, "_model") and not hasattr(llm, "_ctx"):
             raise ContextError(
                 f"{path}: no context of {n_ctx} tokens can be made: {reason}. If it is memory "
                 "that lacks, ask for a shorter one",
@@ -177,8 +180,7 @@ def _plan_store(
     if cache is not None:
         cache = parse_size(cache) if isinstance(cache, str) else cache
         needs = Needs.of(file, path, all_logits=all_logits)
-        fitting = [n for n in UBATCHES if needs.at_once(n) <= cache]
-        chosen = n_ubatch or (fitting[0] if fitting else 1)
+        chosen = n_ubatch or cache_batch(needs, cache)
         return _StorePlan(needs, file, cache, None, chosen, "expert cache")
     if ram == "off":
         return None

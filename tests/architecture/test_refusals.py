@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Q
 
+from megrez_gguf.errors import GGUFError
+from megrez_gguf.format.model_check import check_model
+from megrez_gguf.format.reader import GGUFFile
 from support.gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
 from support.llama import LlamaError, logits
 from support.samples import Sample
@@ -20,8 +23,17 @@ from support.samples import Sample
 Edit = Callable[[Gguf], None]
 
 
-def attempt(path: Path) -> str:
-    """What llama.cpp says of `path`, "" when it runs; the caller's process may die of it."""
+def attempt(path: Path, reader: bool) -> str:
+    """What is said of `path`, "" when it runs; the caller's process may die of it.
+
+    As by `megrez_runtime.load`, llama.cpp is asked after our `reader`; or alone.
+    """
+    try:
+        if reader:
+            file = GGUFFile.open(path)
+            check_model(file.values, file.tensors, path)
+    except GGUFError as e:
+        return str(e)
     try:
         logits(path, [1, 2, 3], n_ctx=32, n_threads=1, n_threads_batch=1)
     except LlamaError as e:
@@ -35,13 +47,13 @@ class Guard:
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
 
-    def attempts(self, paths: list[Path]) -> list[str]:
+    def attempts(self, paths: list[Path], reader: bool = True) -> list[str]:
         done: list[Future[str]] = []
         for path in paths:
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, context, initializer=_quiet)
-            done.append(self._pool.submit(attempt, path))
+            done.append(self._pool.submit(attempt, path, reader))
         results = []
         for path, future in zip(paths, done, strict=True):
             try:
@@ -109,6 +121,17 @@ def without(*names: str) -> Edit:
             del file.tensors[name]
 
     return edit
+
+
+def pool_in_a_dense_layer(file: Gguf) -> None:
+    """Every second layer is dense, and so is the one that holds the first pool."""
+    file.set("moe_every_n_layers", 2, U32)
+    for layer in (1, 3, 5):
+        for part in ("shexp.weight", "gate_inp.weight", "probs_b.bias"):
+            for name in [n for n in file.tensors if n.startswith(f"blk.{layer}.") and part in n]:
+                del file.tensors[name]
+        for part in ("gate", "up", "down"):
+            copied(f"blk.0.ffn_{part}.weight", f"blk.{layer}.ffn_{part}.weight")(file)
 
 
 def narrowed(name: str) -> Edit:
@@ -192,6 +215,7 @@ BAD: dict[str, tuple[Edit, list[str]]] = {
     "all layers dense": (key("leading_dense_block_count", 6), ["leading_dense_block_count = 6"]),
     "dense beyond int": (key("leading_dense_block_count", 2**32 - 1), ["leading_dense_block_coun"]),
     "freq 2": (key("moe_every_n_layers", 2, U32), ["moe_every_n_layers = 2"]),
+    "a pool in a dense layer": (pool_in_a_dense_layer, ["moe_every_n_layers = 2 makes layers 1 "]),
     "9 of 8 experts": (key("expert_used_count", 9), ["n_expert_used_max = 9", "n_expert = 8"]),
     "0 experts used": (key("expert_used_count", 0), ["n_expert_used_max = 0"]),
     "experts used by layer": (
@@ -274,6 +298,18 @@ BAD: dict[str, tuple[Edit, list[str]]] = {
 }
 
 
+# What only our reader refuses: routers in fewer bits, and models that llama.cpp can run and that
+# Megrez2 is not.
+RUNS_ALONE = {
+    f"F16 in {ROUTER}",
+    f"BF16 in {ROUTER}",
+    "experts used by layer",
+    "groups too small",
+    "softmax after top-k",
+    "longrope",
+}
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
     edit, parts = BAD[name]
@@ -282,6 +318,18 @@ def test_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
     (said,) = guard.attempts([file.write(tmp_path / "bad.gguf")])
     assert said, "accepted"
     assert not [part for part in parts if part.lower() not in said.lower()], said
+
+
+def test_llama_cpp_survives_alone(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
+    """Without our reader before it, it refuses all but what is a model of some kind."""
+    paths = []
+    for number, (edit, _) in enumerate(BAD.values()):
+        file = Gguf.read(tiny.gguf)
+        edit(file)
+        paths.append(file.write(tmp_path / f"{number}.gguf"))
+    said = guard.attempts(paths, reader=False)
+    accepted = {name for name, text in zip(BAD, said, strict=True) if not text}
+    assert accepted == RUNS_ALONE
 
 
 def test_truncated(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
@@ -297,7 +345,8 @@ def test_truncated(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
     for cut in [*cuts, len(raw) - 1]:
         paths.append(tmp_path / f"{cut}.gguf")
         paths[-1].write_bytes(raw[:cut])
-    assert all(guard.attempts(paths))
+    for reader in (True, False):
+        assert all(guard.attempts(paths, reader))
 
 
 def test_damaged_headers(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
@@ -315,7 +364,8 @@ def test_damaged_headers(sample: Callable[..., Sample], tmp_path: Path, guard: G
             damaged[place] = draw.choice([0, 1, 255, damaged[place] ^ 1 << draw.randrange(8)])
         paths.append(tmp_path / f"{number}.gguf")
         paths[-1].write_bytes(damaged)
-    guard.attempts(paths)
+    for reader in (True, False):
+        guard.attempts(paths, reader)
 
 
 def test_changed_keys(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
@@ -337,7 +387,8 @@ def test_changed_keys(sample: Callable[..., Sample], tmp_path: Path, guard: Guar
             if value:
                 file.values[name] = value
             paths.append(file.write(tmp_path / f"{len(paths)} {name} {value}.gguf"))
-    guard.attempts(paths)
+    for reader in (True, False):
+        guard.attempts(paths, reader)
 
 
 def test_infinite_weights_do_not_crash(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
@@ -349,4 +400,5 @@ def test_infinite_weights_do_not_crash(tiny: Sample, tmp_path: Path, guard: Guar
             array = file.tensors[name].floats() * 0 + float(value)
             file.tensors[name] = Tensor(Q.F32, array.shape[::-1], array.astype("<f4").tobytes())
             paths.append(file.write(tmp_path / f"{name} {value}.gguf"))
-    guard.attempts(paths)
+    for reader in (True, False):
+        guard.attempts(paths, reader)

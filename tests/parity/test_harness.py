@@ -65,9 +65,9 @@ def test_every_level(
 ) -> None:
     beside: set[str] = set()
 
-    def watched(self: Engine, path: Path, context: int) -> None:
+    def watched(self: Engine, path: Path, context: int, **options: Any) -> None:
         beside.update(found.name for found in path.parent.glob("*.gguf") if found != path)
-        opened(self, path, context)
+        opened(self, path, context, **options)
 
     opened = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", watched)

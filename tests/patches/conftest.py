@@ -94,8 +94,8 @@ def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mini:
     root = tmp_path / "repo"
     ignore = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
     shutil.copytree(PROJECT, root / "bindings" / "llama-cpp-python", ignore=ignore)
-    (root / "scripts").mkdir()
-    shutil.copy(REPO / "scripts" / "patches", root / "scripts" / "patches")
+    (root / "scripts" / "development").mkdir(parents=True)
+    shutil.copy(REPO / "scripts/development/patches", root / "scripts/development/patches")
     sdist = tmp_path / "index" / "llama_cpp_python-7.8.9.tar.gz"
     sdist.parent.mkdir()
     make_sdist(sdist, UPSTREAM)

@@ -1,5 +1,6 @@
 """The real series against the real pinned source, and the tools that keep it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -77,26 +78,46 @@ def test_every_patch_and_overlay_file_is_explained() -> None:
 def test_check_reports_conflicts_and_exits_1(mini: Mini) -> None:
     mini.patch("0001-one.patch", diff("vendor/one.cpp", insert(5, "A").replace("6", "six")))
     mini.patch("0002-two.patch", diff("vendor/two.cpp", insert(9, "C").replace("10", "ten")))
-    done = mini.run(str(mini.root / "scripts/patches"), "check")
+    done = mini.run(str(mini.root / "scripts/development/patches"), "check")
     assert done.returncode == 1
     assert "0001-one.patch: vendor/one.cpp, hunk 1" in done.stderr
     assert "0002-two.patch: vendor/two.cpp, hunk 1" in done.stderr
 
 
 def patches(mini: Mini, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return mini.run(str(mini.root / "scripts/patches"), *map(str, arguments))
+    return mini.run(str(mini.root / "scripts/development/patches"), *map(str, arguments))
 
 
-def test_edits_go_to_the_patch_that_owns_the_file(mini: Mini, tmp_path: Path) -> None:
+def git(tree: Path, *arguments: str) -> str:
+    """git as a developer would use it, with whatever he configured."""
+    env = {**os.environ, "GIT_SEQUENCE_EDITOR": "true", "GIT_EDITOR": "true"}
+    command = ["git", "-c", "commit.gpgSign=false", *arguments]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fix(tree: Path, patch: str) -> None:
+    """Put all edits into the commit of `patch`."""
+    notes = [line.split() for line in git(tree, "notes", "list").splitlines()]
+    commit = next(c for note, c in notes if git(tree, "show", note).strip() == patch)
+    git(tree, "add", "-A")
+    git(tree, "commit", "-qm", f"fixup! {commit}")
+    git(tree, "rebase", "-q", "-i", "--autosquash", "upstream")
+
+
+def test_edits_go_to_the_patch_of_their_commit(mini: Mini, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     mini.patch("0003-more.patch", diff("vendor/one.cpp", insert(30, "D").replace("-30", "-32")))
     assert patches(mini, "tree", tree).returncode == 0
     assert patches(mini, "export", tree).returncode == 0  # now in canonical form
     settled = contents(mini.patches)
     (tree / "vendor/two.cpp").write_text((tree / "vendor/two.cpp").read_text() + "end\n")
+    fix(tree, "0002-two.patch")
     one = (tree / "vendor/one.cpp").read_text()
     (tree / "vendor/one.cpp").write_text(one.replace("line 40\n", "line 40\nE\n"))
     (tree / "vendor/brand.cpp").write_text("brand new\n")
+    fix(tree, "0003-more.patch")
     done = patches(mini, "export", tree)
     assert done.stdout.split() == ["overlay/vendor/brand.cpp", "0002-two.patch", "0003-more.patch"]
     now = contents(mini.patches)
@@ -116,11 +137,24 @@ def test_an_edit_nobody_owns_needs_a_patch(mini: Mini, tmp_path: Path) -> None:
     done = patches(mini, "export", tree)
     assert done.returncode == 2
     assert "in no patch: b.py" in done.stderr
-    done = patches(mini, "export", tree, "--into", "0003-b.patch")
-    assert "needs a --message" in done.stderr
-    done = patches(mini, "export", tree, "--into", "0003-b.patch", "--message", "edit b\n\nWhy.")
+    git(tree, "commit", "-qam", "edit : b")
+    done = patches(mini, "export", tree)
+    assert "needs a message" in done.stderr
+    git(tree, "commit", "-q", "--amend", "-m", "edit : b\n\nWhy.")
+    done = patches(mini, "export", tree)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "0003-edit-b.patch"
     assert patches(mini, "check").stdout.startswith("3 patches and 1 overlay files")
+
+
+def test_a_patch_whose_commit_is_gone_is_removed(mini: Mini, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    patches(mini, "tree", tree)
+    git(tree, "reset", "-q", "--hard", "HEAD~1")
+    done = patches(mini, "export", tree)
+    assert "0002-two.patch removed" in done.stdout
+    assert not (mini.patches / "0002-two.patch").exists()
+    assert patches(mini, "check").stdout.startswith("1 patches and 1 overlay files")
 
 
 def test_a_stale_tree_cannot_undo_newer_patches(mini: Mini, tmp_path: Path) -> None:
@@ -141,7 +175,7 @@ def test_bump_relocates_or_lists_what_breaks(mini: Mini, breaks: bool) -> None:
     newer = mini.sdist.with_name("newer.tar.gz")
     digest = make_sdist(newer, upstream)
     before = contents(mini.patches)
-    command = [str(mini.root / "scripts/patches"), "bump", "8.0.0"]
+    command = [str(mini.root / "scripts/development/patches"), "bump", "8.0.0"]
     done = mini.run(*command, MEGREZ_LLAMA_SDIST=str(newer))
     assert done.returncode == int(breaks), done.stderr
     assert "0001-one.patch: vendor/one.cpp, hunk 1: its lines moved from 5 to 6" in done.stdout

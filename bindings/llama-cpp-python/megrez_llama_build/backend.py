@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ Settings = dict[str, Any] | None
 
 # Inherited through the environment, so that the user's CMAKE_ARGS come later and win.
 _DEFAULTS = {"LLAMA_BUILD_TESTS": "OFF", "LLAMA_BUILD_TOOLS": "OFF", "LLAMA_BUILD_SERVER": "OFF"}
+_DEFAULTS["CMAKE_PROJECT_llama.cpp_INCLUDE"] = Path(__file__).with_name("shorter.cmake").as_posix()
 
 
 def _say(text: str) -> None:
@@ -51,7 +53,7 @@ def _inside(folder: Path, env: dict[str, str]) -> Iterator[None]:
 def _environment(root: Path, settings: dict[str, Any]) -> dict[str, str]:
     pin = source.Pin.load()
     defaults = dict(_DEFAULTS, LLAMA_BUILD_COMMIT=pin.local_version, LLAMA_BUILD_NUMBER="0")
-    defines = [f"-D{name}={value}" for name, value in defaults.items()]
+    defines = [shlex.quote(f"-D{name}={value}") for name, value in defaults.items()]
     env = {"CMAKE_ARGS": " ".join([*defines, os.environ.get("CMAKE_ARGS", "")]).strip()}
     launchers = [f"CMAKE_{language}_COMPILER_LAUNCHER" for language in ("C", "CXX")]
     chosen = any(
@@ -63,6 +65,8 @@ def _environment(root: Path, settings: dict[str, Any]) -> dict[str, str]:
     # goes beside the source: then the paths between the two never change.
     env["SKBUILD_BUILD_DIR"] = os.environ.get("SKBUILD_BUILD_DIR") or str(root.parent / "build")
     env.update(CCACHE_BASEDIR=str(root.parent), CCACHE_NOHASHDIR="1")
+    # `pip install -v` shows ninja's [12/65]; with upstream's "verbose", command lines bury it.
+    env["SKBUILD_CMAKE_VERBOSE"] = os.environ.get("SKBUILD_CMAKE_VERBOSE") or "0"
     return env
 
 

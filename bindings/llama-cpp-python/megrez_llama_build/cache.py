@@ -95,7 +95,7 @@ def ingredients(
     Not the Python version: upstream's wheel is py3-none.
     """
     native = (cmake_define("GGML_NATIVE", settings, env) or "ON").upper() not in _OFF
-    code = sorted(Path(__file__).parent.glob("*.py"))
+    code = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".cmake"))
     cuda = "CUDA" in env.get("CMAKE_ARGS", "") + json.dumps(dict(settings), default=str)
     return {
         "series": source.series_hash(patches),

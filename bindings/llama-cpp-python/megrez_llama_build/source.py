@@ -54,6 +54,7 @@ class Conflict:
     hunk: int  # 1-based; 0 when the whole file or patch is the problem
     reason: str
     remedy: str
+    moved: bool = False  # its lines are in one other place
 
     def __str__(self) -> str:
         where = f", hunk {self.hunk}" if self.hunk else ""
@@ -149,7 +150,7 @@ def _wrong_hash(pin: Pin, found: str, origin: str) -> SourceError:
         f"  from     {origin}\n"
         "Nothing was built. Remedy: if the source is a mirror or a proxy, it serves an altered or "
         "damaged file: use another index (PIP_INDEX_URL), or point MEGREZ_LLAMA_SDIST at a copy "
-        "whose hash matches. Change patches/PIN only with `scripts/patches bump`."
+        "whose hash matches. Change patches/PIN only with `scripts/development/patches bump`."
     )
 
 
@@ -292,7 +293,7 @@ def _places(lines: list[bytes], block: list[bytes]) -> list[int]:
     return [i + 1 for i in range(len(lines) - len(block) + 1) if lines[i : i + len(block)] == block]
 
 
-def _check_file(name: str, item: Any, root: Path, relocate: bool) -> Iterator[Conflict]:
+def _check_file(name: str, item: Any, root: Path) -> Iterator[Conflict]:
     file = item.source.decode()
     path = root / file
     if not path.is_file():
@@ -301,21 +302,20 @@ def _check_file(name: str, item: Any, root: Path, relocate: bool) -> Iterator[Co
         )
         return
     lines = [line.rstrip(b"\r\n") for line in path.read_bytes().splitlines()]
-    port = "edit a tree from `scripts/patches tree`, then `scripts/patches export`"
+    port = "amend its commit in a tree from `scripts/development/patches tree`, then `scripts/development/patches export`"
     for number, hunk in enumerate(item.hunks, 1):
         old, new = _sides(hunk)
         if _at(lines, hunk.startsrc, old):
             continue
         places = _places(lines, old)
-        if len(places) == 1 and relocate:
-            hunk.startsrc = places[0]
-        elif len(places) == 1:
+        if len(places) == 1:
             yield Conflict(
                 name,
                 file,
                 number,
                 f"its lines moved from {hunk.startsrc} to {places[0]}",
-                "`scripts/patches bump --write` relocates it",
+                "`scripts/development/patches bump --write` relocates it",
+                moved=True,
             )
         elif _at(lines, hunk.starttgt, new) or len(_places(lines, new)) == 1:
             yield Conflict(
@@ -336,12 +336,11 @@ def _check_file(name: str, item: Any, root: Path, relocate: bool) -> Iterator[Co
             )
 
 
-def apply(root: Path, patches: Path = PATCHES, relocate: bool = False) -> None:
+def apply(root: Path, patches: Path = PATCHES) -> None:
     """Copy the overlay into the pristine tree `root` and apply every patch in order.
 
-    With `relocate`, a hunk whose lines occur exactly once elsewhere is moved there (used by
-    `scripts/patches bump` only). Files with a conflict are left as they were; all conflicts
-    are raised together as one ConflictError.
+    Files with a conflict are left as they were; all conflicts are raised together as one
+    ConflictError.
     """
     conflicts: list[Conflict] = []
     for name, path in overlay_files(patches).items():
@@ -352,26 +351,16 @@ def apply(root: Path, patches: Path = PATCHES, relocate: bool = False) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, root / name)
     for patch in patch_files(patches):
-        try:
-            apply_parsed(root, patch.name, parse(patch), relocate)
-        except ConflictError as error:
-            conflicts += error.conflicts
-    if conflicts:
-        raise ConflictError(conflicts)
-
-
-def apply_parsed(root: Path, name: str, parsed: Any, relocate: bool = False) -> None:
-    """Apply one parsed patch to `root`: every file that has no conflict. See `apply`."""
-    conflicts: list[Conflict] = []
-    wanted = []
-    for item in parsed.items:
-        found = list(_check_file(name, item, root, relocate))
-        conflicts += found
-        if not found:
-            wanted.append(item)
-    parsed.items = wanted
-    if wanted and not parsed.apply(root=str(root), fuzz=False):
-        raise SourceError(f"{name}: patch-ng could not apply it to {root}.")
+        wanted = []
+        parsed = parse(patch)
+        for item in parsed.items:
+            found = list(_check_file(patch.name, item, root))
+            conflicts += found
+            if not found:
+                wanted.append(item)
+        parsed.items = wanted
+        if wanted and not parsed.apply(root=str(root), fuzz=False):
+            raise SourceError(f"{patch.name}: patch-ng could not apply it to {root}.")
     if conflicts:
         raise ConflictError(conflicts)
 

@@ -18,25 +18,13 @@ from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.format.reader import SPLIT, RawValue, part_path, split_prefix
 from megrez_gguf.format.writer import KeyValues, header, padded
 from megrez_gguf.quantization import encode, imatrix, levels, recipe
-from megrez_gguf.quantization.encode import encoding, type_size
+from megrez_gguf.quantization.encode import encoding
 from megrez_gguf.quantization.imatrix import Imatrix
 from megrez_gguf.quantization.recipe import Recipe
-from megrez_gguf.quantization.types import choose_types
+from megrez_gguf.quantization.types import Fallback, Types, choose_types
 from megrez_gguf.storage.output import OutputFiles
 from megrez_gguf.storage.tensor import RAW_DTYPE
 from megrez_gguf.text import Progress, few
-
-
-@dataclass(frozen=True, slots=True)
-class Fallback:
-    """A tensor whose rows do not fill the blocks of the type its level asks for."""
-
-    tensor: str
-    wanted: str
-    got: str
-    nbytes: int
-    extra_bytes: int
-    """Bytes more than the type wanted would take, were its blocks divisible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,16 +224,14 @@ def plan(
         types = choose_types(
             values, infos, level, weighted=weights is not None, overrides=mix.types
         )
-        chosen, unfit = types.chosen, types.wanted
     else:
-        chosen, unfit = {i.name: level.upper() for i in source.tensors}, {}
+        types = Types({i.name: level.upper() for i in source.tensors})
     items = tuple(
-        replace(i, encoding=encoding("F32" if i.name in source.f32 else chosen[i.name]))
+        replace(i, encoding=encoding("F32" if i.name in source.f32 else types.chosen[i.name]))
         for i in source.tensors
     )
     mix.check_matches(i.name for i in items if i.encoding.name not in encode.FLOATS)
     _check_requantized(items)
-    fallbacks = tuple(_fallback(i, unfit[i.name]) for i in items if i.name in unfit)
     name = mix.name if mix.types else level.upper()
     return Conversion(
         source=source,
@@ -253,10 +239,10 @@ def plan(
         path=Path(out) if out is not None else Path(f"{source.name}-{name}.gguf"),
         items=items,
         values=values,
-        fallbacks=fallbacks,
+        fallbacks=types.fallbacks,
         importance=weights.means_for(items) if weights else {},
         split_max_size=split_max_size,
-        warnings=(*source.warnings, *_fallback_remark(fallbacks)),
+        warnings=(*source.warnings, *_fallback_remark(types.fallbacks)),
     )
 
 
@@ -269,12 +255,6 @@ def _check_requantized(items: Sequence[Item]) -> None:
                     f"quantize it once more to {item.encoding.name} would add to its error. Start "
                     "from an f32, bf16 or f16 file, or from the checkpoint"
                 )
-
-
-def _fallback(item: Item, wanted: str) -> Fallback:
-    block, nbytes = type_size(wanted)
-    extra = item.nbytes - round(item.size / block * nbytes)
-    return Fallback(item.name, wanted, item.encoding.name, item.nbytes, extra)
 
 
 def _fallback_remark(fallbacks: Sequence[Fallback]) -> Iterator[str]:

@@ -6,7 +6,7 @@
 
 Tensors that keep their type take the same way, in larger pieces: to copy them inside the kernel and
 to read them once more for their check and hash was slower than to go past the system's cache, when
-measured (scripts/BENCHMARKS.md).
+measured (scripts/benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from megrez_gguf.checkpoint.location import Location
 from megrez_gguf.checkpoint.shards import Checkpoint, announced_shards
 from megrez_gguf.conversion import layout, metadata
 from megrez_gguf.errors import GGUFError
+from megrez_gguf.format.model_check import layers_with, pool_layers
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import encode
 from megrez_gguf.storage.tensor import RAW_DTYPE, Tensor
@@ -140,9 +141,8 @@ def _gguf(path: Path) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
         raise GGUFError(
             f"{path}: {prefix}block_count: expected a positive integer, found {layers!r}"
         )
-    names = {t.name for t in file.tensors}
-    moe = [i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" in names]
-    pools = [i for i in range(layers) if f"blk.{i}.ffn_gate_exps.weight" in names]
+    moe = layers_with("ffn_gate_inp", file.tensors, layers)
+    pools = layers_with("ffn_gate_exps", file.tensors, layers)
     if not moe or not pools or moe[0] < pools[0]:
         raise GGUFError(
             f"{path}: no expert pool for layer {moe[0] if moe else 0}; not a Megrez2 model"
@@ -195,7 +195,7 @@ def _contradictions(report: Inspection, moe: list[int], pools: list[int]) -> Ite
         yield f"experts_shared_frequency is {period!r}"
     else:
         lead = report.hyperparameters.get("leading_dense_block_count", moe[0])
-        expected = sorted({lead + (i - lead) // period * period for i in moe})
+        expected = pool_layers(moe, lead, period)
         if expected != pools:
             yield (
                 f"experts_shared_frequency {period} puts expert pools in layers {expected}; "

@@ -18,10 +18,11 @@ import pytest
 
 import megrez_gguf
 from megrez_gguf.conversion.convert import plan_convert
-from megrez_gguf.conversion.plan import Conversion, Fallback
+from megrez_gguf.conversion.plan import Conversion
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import levels
 from megrez_gguf.quantization.imatrix import Imatrix
+from megrez_gguf.quantization.types import Fallback
 from megrez_llama.logs import log
 from support.checkpoints import Entry, Make, merge
 from support.commands import cli
@@ -68,17 +69,6 @@ FAMILIES = (
     *("f32", "bf16", "q8_0", "q4_0", "q6_k", "q4_k_m", "iq4_xs", "mxfp4_moe"),
     *("q2_k+imatrix", "iq2_xs+imatrix"),
 )
-    "f32",
-    "bf16",
-    "q8_0",
-    "q4_0",
-    "q6_k",
-    "q4_k_m",
-    "iq4_xs",
-    "mxfp4_moe",
-    "q2_k+imatrix",
-    "iq2_xs+imatrix",
-]
 CASES = [
     pytest.param(level, weighted, id=name, marks=[] if name in FAMILIES else SLOW)
     for level, weighted in (*PLAIN, *WEIGHTED)

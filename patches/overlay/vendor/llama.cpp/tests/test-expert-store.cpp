@@ -1,5 +1,5 @@
 // The expert store alone: contents, eviction, edges, errors, and runs that get in each other's way.
-// Builds with -fsanitize=thread, which is how scripts/check_expert_store runs it.
+// Builds with -fsanitize=thread, which is how scripts/development/check_expert_store runs it.
 
 #include "../src/llama-expert-store.h"
 

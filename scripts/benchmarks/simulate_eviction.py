@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Hit rates of ways to choose which expert leaves memory, on routing that is made up or recorded.
 
-    scripts/simulate_eviction.py                                   made-up routing at full size
-    scripts/simulate_eviction.py MODEL.gguf --text FILE            what MODEL's own routers choose
+    simulate_eviction.py                           made-up routing at full size
+    simulate_eviction.py MODEL.gguf --text FILE    what MODEL's own routers choose
 
 Compared are, for a share of all experts in memory,
   lru         the least recently used leaves

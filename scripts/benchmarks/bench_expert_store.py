@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Decode and prefill when a model does not fit: the expert store against stock mmap.
 
-    scripts/bench_expert_store.py MODEL-Q4_0.gguf [--work FOLDER] [--out results.json]
+    scripts/benchmarks/bench_expert_store.py MODEL-Q4_0.gguf [--work FOLDER] [--out results.json]
 
 Each run is a process in a memory cgroup, page cache counted, that starts cold. Its limit is a share
 of the file's size. Compared are

@@ -24,7 +24,7 @@ from megrez_parity.level_files import LEVELS
 from megrez_parity.provenance import checkpoint_sha256
 from megrez_parity.results import Metrics, Trace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "tests" / "data" / "pocket"
 TARGET = ROOT / "bindings" / "megrez_parity" / "thresholds.json"
 MARGIN = 2.0

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What judging a file costs above llama.cpp's own forward pass over the same windows.
 
-    scripts/bench_parity.py CKPT FILE.gguf --text novel.txt --windows 4 --cache FOLDER
+    scripts/benchmarks/bench_parity.py CKPT FILE.gguf --text novel.txt --windows 4 --cache FOLDER
 
 Each repeat runs the windows bare (no capture, nothing compared) and through the parity harness,
 in alternating order, and prints both times and their ratio; then the medians. The reference comes

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time the collection of an importance matrix: ours against llama-imatrix, on the same file.
 
-    scripts/bench_imatrix.py MODEL-q8_0.gguf --text novel.txt --chunks 8 --repeats 3
+    scripts/benchmarks/bench_imatrix.py MODEL-q8_0.gguf --text novel.txt --chunks 8 --repeats 3
 
 llama-imatrix is built from the same patched tree into build/native. Both read the same chunks,
 with the same number of threads on the same CPUs, both with a float32 KV cache and without flash
@@ -28,7 +28,7 @@ from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization.imatrix import Imatrix, load
 from megrez_parity.provenance import provenance, sha256
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 NATIVE = REPO / "build" / "native" / "bin" / "llama-imatrix"
 OURS, THEIRS = "megrez-gguf imatrix", "llama-imatrix"
 
@@ -89,7 +89,7 @@ def main() -> int:
     if not 0 < args.threads <= available_cpus():
         parser.error(f"--threads {args.threads}: this machine lets us use {available_cpus()} CPUs")
     cpus = allowed[: args.threads]
-    build = [sys.executable, str(REPO / "scripts" / "build_native"), NATIVE.name]
+    build = [sys.executable, str(REPO / "scripts/development/build_native"), NATIVE.name]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Train the pocket checkpoint: a real, tiny Megrez2 that tests can convert, quantize and chat with.
 
     npm install --prefix /tmp/poetry chinese-poetry@2.0.1        # and: apt install bible-kjv
-    python scripts/train_pocket.py --poetry /tmp/poetry/node_modules/chinese-poetry
+    python scripts/makers/train_pocket.py --poetry /tmp/poetry/node_modules/chinese-poetry
 
 Writes tests/data/pocket/ (published layout) and tests/data/heldout/. Stops and goes on where it
 was: the state in --work is saved every few minutes. Prints what it writes to training.json.
@@ -33,7 +33,7 @@ from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity import reference
 from ngram import Trigram
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 512  # of the model, and of the windows it is judged on
 SAMPLE = 10  # windows of each held-out text that the tests judge
 SPECIAL = (
@@ -465,7 +465,7 @@ def main(
     for domain, text in data.held.items():
         (heldout / f"{domain}.txt").write_text(text, "utf-8")
     report = {
-        "command": f"scripts/train_pocket.py --steps {steps} --rate {rate} --seed {seed}",
+        "command": f"scripts/makers/train_pocket.py --steps {steps} --rate {rate} --seed {seed}",
         "torch": torch.__version__,
         "corpus_sha256": corpus.digest(),
         "steps": steps,

@@ -2,7 +2,7 @@
 """Time conversion of a large checkpoint: ours, cp, and upstream's converter with llama-quantize.
 
     scripts/make_checkpoint.py CKPT --size full
-    scripts/bench_convert.py CKPT --work FOLDER --levels bf16,q4_0,q4_k_m --repeats 2
+    scripts/benchmarks/bench_convert.py CKPT --work FOLDER --levels bf16,q4_0,q4_k_m --repeats 2
 
 Upstream's programs are built from the same patched tree into build/native. Every run is a process
 of its own that begins with an empty page cache (as root; --warm leaves the cache alone) and ends
@@ -27,7 +27,7 @@ from pathlib import Path
 from megrez_gguf.format.reader import GGUFFile
 from megrez_parity.provenance import provenance
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 NATIVE = REPO / "build" / "native"
 
 
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--warm", action="store_true")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    build = [sys.executable, str(REPO / "scripts" / "build_native"), "llama-quantize"]
+    build = [sys.executable, str(REPO / "scripts/development/build_native"), "llama-quantize"]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
     llama = NATIVE / "source" / "vendor" / "llama.cpp"
     env = os.environ | {"PYTHONPATH": str(llama / "gguf-py"), "HF_HUB_OFFLINE": "1"}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Decode and prefill speed of Megrez2 against upstream's nearest shape-alike, in one run.
 
-    scripts/bench_decode.py MODEL-Q4_0.gguf [--threads 2] [--repeats 5] [--json]
+    scripts/benchmarks/bench_decode.py MODEL-Q4_0.gguf [--threads 2] [--repeats 5] [--json]
 
 The twin is upstream's glm4moe (sigmoid routing with a selection bias, one dense layer, shared
 experts), made from the same file with the same bytes: every tensor is copied, and a pool that three

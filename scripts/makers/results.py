@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measure the pocket checkpoint at every level and write the tables between the results markers.
 
-scripts/results.py            all levels into scripts/BENCHMARKS.md, the usual ones into README.md
-scripts/results.py --print    only print the table of all levels
+scripts/makers/results.py            write them: all levels into scripts/benchmarks/README.md,
+                                     the usual ones into README.md
+scripts/makers/results.py --print    only print the table of all levels
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from megrez_parity.harness import measure
 from megrez_parity.level_files import LEVELS
 from megrez_parity.results import ParityReport
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 POCKET = Path("tests/data/pocket")
 WINDOWS = 16
 # In the README: those a user chooses among.
-USUAL = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "recipe:megrez-q5", "q4_k_m")
-USUAL += ("recipe:megrez-q4", "q4_0", "q3_k_m", "recipe:megrez-q3")
+USUAL = ("f32", "bf16", "q8_0", "q4_k_m", "recipe:megrez-q4", "q3_k_m", "recipe:megrez-q3")
 BLOCK = re.compile(r"(?s)(<!-- results:begin[^\n]*-->\n).*?(<!-- results:end -->)")
 
 
@@ -53,7 +53,7 @@ def markdown(report: ParityReport, shown: Collection[str]) -> str:
         )
     names = ("commit", "llama_cpp", "torch", "python", "machine", "seed")
     made = ", ".join(f"{name} {report.provenance[name]}" for name in names)
-    lines += ["", *textwrap.wrap(f"`scripts/results.py`; {made}.", 100), ""]
+    lines += ["", *textwrap.wrap(f"`scripts/makers/results.py`; {made}.", 100), ""]
     return "\n".join(lines)
 
 
@@ -70,7 +70,7 @@ def main() -> int:
         return 0
     for name, block in (
         ("README.md", markdown(report, USUAL)),
-        ("scripts/BENCHMARKS.md", whole),
+        ("scripts/benchmarks/README.md", whole),
     ):
         page = ROOT / name
         text, count = BLOCK.subn(lambda m, b=block: m[1] + b + m[2], page.read_text("utf-8"))
