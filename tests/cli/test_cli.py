@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import resource
@@ -10,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import megrez_gguf
+from megrez_cli import main
 from support.commands import RUN, cli
 
 
@@ -115,6 +118,68 @@ def test_interrupt_while_nothing_is_written(tmp_path: Path) -> None:
     os.close(writer)
     assert process.returncode == 130
     assert "Traceback" not in stderr
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def handlers() -> Iterator[Callable[[], list[object]]]:
+    """What SIGTERM and SIGHUP do; put back as it was."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield lambda: [signal.getsignal(number) for number in SIGNALS]
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--version"], 0), (["inspect", "nowhere.gguf"], 2), (["no"], 2)]
+)
+def test_no_handler_stays_behind(
+    arguments: list[str], code: int, handlers: Callable[[], list[object]]
+) -> None:
+    def mine(number: int, frame: object) -> None: ...
+
+    for handler in (signal.SIG_DFL, signal.SIG_IGN, mine):
+        for number in SIGNALS:
+            signal.signal(number, handler)
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert (stop.value.code or 0) == code
+        assert handlers() == [handler, handler]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_command_and_nothing_after_it(
+    number: signal.Signals,
+    handlers: Callable[[], list[object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = handlers()
+    cleaned = []
+
+    def command(argv: list[str] | None) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+        finally:
+            cleaned.append(argv)
+
+    monkeypatch.setattr(importlib.import_module("megrez_cli.app"), "app", command)
+    with pytest.raises(SystemExit) as stop:
+        main(["x"])
+    assert stop.value.code == 128 + number
+    assert cleaned == [["x"]]
+    assert handlers() == before
+    # Later, it ends the process as it ends any other.
+    code = (
+        "import contextlib, os\nfrom megrez_cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--version'])\n"
+        f"os.kill(os.getpid(), {int(number)})\nprint('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -number
+    assert "went on" not in done.stdout
 
 
 @pytest.mark.parametrize(
