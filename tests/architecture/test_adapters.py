@@ -77,6 +77,7 @@ def make_lora(
 
 
 def attach(model: Model, paths: list[Path]) -> ctypes.Array[ctypes.c_void_p]:
+    adapters: ctypes.Array[ctypes.c_void_p]
     adapters = (C.llama_adapter_lora_p_ctypes * len(paths))()
     for i, path in enumerate(paths):
         adapters[i] = C.llama_adapter_lora_init(model.handle, str(path).encode())

@@ -30,8 +30,10 @@ EXPERTS = 8  # in a pool of FOR_K_QUANTS; 3 a token
 
 
 class Stats(ctypes.Structure):
-    names = ("hits", "misses", "wasted", "bytes_read", "reads", "wait_us", "settle_us")
-    names += ("n_slots", "slot_bytes", "n_experts")
+    names = (
+        *("hits", "misses", "wasted", "bytes_read", "reads", "wait_us", "settle_us"),
+        *("n_slots", "slot_bytes", "n_experts"),
+    )
     _fields_ = [(name, ctypes.c_uint64) for name in names]
 
 
@@ -208,7 +210,7 @@ def test_a_wrong_override_is_refused(tiny: Sample) -> None:
 
 @pytest.fixture
 def copy_of_tiny(tiny: Sample, tmp_path: Path) -> Path:
-    return shutil.copy(tiny.gguf, tmp_path / "copy.gguf")
+    return Path(shutil.copy(tiny.gguf, tmp_path / "copy.gguf"))
 
 
 def test_a_file_that_changes_fails_the_decode(copy_of_tiny: Path) -> None:

@@ -20,7 +20,7 @@ from support.gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, float
 from support.llama import LlamaError, logits
 from support.samples import Sample
 
-Edit = Callable[[Gguf], None]
+Edit = Callable[[Gguf], Any]
 
 
 def attempt(path: Path, reader: bool) -> str:
@@ -322,7 +322,7 @@ def test_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
 
 def test_llama_cpp_survives_alone(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
     """Without our reader before it, it refuses all but what is a model of some kind."""
-    paths = []
+    paths: list[Path] = []
     for number, (edit, _) in enumerate(BAD.values()):
         file = Gguf.read(tiny.gguf)
         edit(file)
@@ -341,7 +341,7 @@ def test_truncated(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
         *draw.sample(range(64, head), 60),
         *draw.sample(range(head, len(raw)), 8),
     ]
-    paths = []
+    paths: list[Path] = []
     for cut in [*cuts, len(raw) - 1]:
         paths.append(tmp_path / f"{cut}.gguf")
         paths[-1].write_bytes(raw[:cut])
@@ -371,7 +371,7 @@ def test_damaged_headers(sample: Callable[..., Sample], tmp_path: Path, guard: G
 def test_changed_keys(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
     """Every key of ours given strange values, removed, or of another type."""
     model = sample(num_hidden_layers=3, vocab_size=300)
-    paths = []
+    paths: list[Path] = []
     names = [n for n in Gguf.read(model.gguf).values if n.startswith("megrez-moe.")]
     extra = ["nextn_predict_layers", "embedding_length_out", "rope.scaling.factor"]
     for name in [*names, *(f"megrez-moe.{n}" for n in extra)]:
@@ -393,7 +393,7 @@ def test_changed_keys(sample: Callable[..., Sample], tmp_path: Path, guard: Guar
 
 def test_infinite_weights_do_not_crash(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
     """NaN logits make no order; the selection must still stay within the experts."""
-    paths = []
+    paths: list[Path] = []
     for name in (ROUTER, BIAS, "blk.1.ffn_up_exps.weight", "token_embd.weight"):
         for value in ("nan", "inf", "-inf"):
             file = Gguf.read(tiny.gguf)

@@ -175,7 +175,9 @@ def test_activations_that_are_not_finite(
 
 
 @pytest.fixture(scope="module")
-def native(exact: Path, windows: list[NDArray[np.int32]], tmp_path_factory: Any) -> Path:
+def native(
+    exact: Path, windows: list[NDArray[np.int32]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What llama-imatrix writes for the same windows."""
     path = tmp_path_factory.mktemp("native") / "imatrix.gguf"
     model = ("-m", exact, "-c", CONTEXT, "-b", CONTEXT, "-ub", CONTEXT, "-ngl", 0, "-t", 2)
@@ -286,11 +288,11 @@ def test_quantizes_like_llama_quantize(
     pairs = zip(*(sorted(f.tensors, key=lambda t: t.name) for f in (ours_, theirs)), strict=True)
     for mine, other in pairs:
         assert (mine.name, mine.dtype, mine.nbytes) == (other.name, other.dtype, other.nbytes)
-        data = [
+        ours_data, theirs_data = (
             np.fromfile(tensor.shard.path, np.uint8, mine.nbytes, offset=tensor.begin)
             for tensor in (mine, other)
-        ]
-        np.testing.assert_array_equal(*data)
+        )
+        np.testing.assert_array_equal(ours_data, theirs_data)
     assert level_of(tmp_path / "theirs.gguf") == f"{kind}+imatrix"
 
 

@@ -73,12 +73,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
             out = forward(config, weights, torch.from_numpy(window.tokens).long()[None])
             logits.append(out[0, FIRST:-1].numpy())
     file = tmp_path_factory.mktemp("base") / "pocket.logits"
-    with file.open("wb") as out:
-        out.write(b"_logits_")
-        out.write(np.array([CONTEXT, config.vocab_size, len(windows)], "<i4").tobytes())
-        out.write(np.concatenate([window.tokens for window in windows]).astype("<i4").tobytes())
+    with file.open("wb") as target:
+        target.write(b"_logits_")
+        target.write(np.array([CONTEXT, config.vocab_size, len(windows)], "<i4").tobytes())
+        target.write(np.concatenate([window.tokens for window in windows]).astype("<i4").tobytes())
         for rows in logits:
-            out.write(packed(rows).tobytes())
+            target.write(packed(rows).tobytes())
     return Base(windows, logits, file)
 
 

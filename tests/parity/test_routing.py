@@ -143,7 +143,7 @@ def nmse(
 ) -> float:
     error = power = 0.0
     for window, node in enumerate(nodes):
-        mine: NDArray[np.float64] = np.float64(node[name, layer])
+        mine = np.asarray(node[name, layer], np.float64)
         expected = reference.state(name, layer, window)[-len(mine) :]
         error += np.square(mine - expected).sum()
         power += np.square(expected).sum()
@@ -247,7 +247,7 @@ def judged(
     reference: NDArray[np.float64], mine: NDArray[np.float64], ids: NDArray[np.int32]
 ) -> LayerRouting:
     """A candidate whose scores are `mine` and which chose `ids`."""
-    from support.traces import SMALL
+    from support.random_checkpoint import SMALL
 
     config = ModelConfig.from_dict(SMALL | IDENTITY)
     comparison = RoutingComparison(config, {GATE.format(0, "weight"): torch.eye(8)})

@@ -86,7 +86,7 @@ def local(config: ModelConfig, weights: dict[str, Tensor], node: Nodes) -> Nodes
 def nmse(nodes: list[Nodes], expected: list[Nodes], key: tuple[str, int]) -> float:
     error = power = 0.0
     for node, other in zip(nodes, expected, strict=True):
-        mine, theirs = np.float64(node[key]), other[key][-len(node[key]) :]
+        mine, theirs = np.asarray(node[key], np.float64), other[key][-len(node[key]) :]
         both = np.isfinite(mine) & np.isfinite(theirs)
         error += np.square(mine[both] - theirs[both]).sum()
         power += np.square(theirs)[both].sum()

@@ -213,8 +213,9 @@ def test_estimates_agree_with_what_is_reserved(tmp_path: Path, all_logits: bool)
     needs = Needs.of(GGUFFile.open(path), path, all_logits=all_logits)
     for n_ctx in (256, 4096):
         for n_ubatch in (8, 64, 512):
-            size = {"n_ctx": n_ctx, "n_ubatch": n_ubatch}
-            llm = load(path, expert_cache=1 << 30, logits_all=all_logits, **size)
+            llm = load(
+                path, expert_cache=1 << 30, logits_all=all_logits, n_ctx=n_ctx, n_ubatch=n_ubatch
+            )
             cache = needs.working(n_ctx, 0)
             estimate = needs.working(n_ctx, n_ubatch) - cache - needs.scratch(min(n_ubatch, n_ctx))
             assert estimate == pytest.approx(compute_bytes(llm), rel=0.25)
@@ -288,7 +289,8 @@ def test_chat_answers_alike_and_tells_what_the_cache_did(pocket: Path) -> None:
 
 def test_more_logits_than_there_is_memory_for_are_refused(pocket: Path) -> None:
     """In a batch made by hand: llama.cpp would end the process."""
-    for wanted, options in ((1, {}), (3, {"n_outputs_max": 3})):
+    cases: list[tuple[int, dict[str, Any]]] = [(1, {}), (3, {"n_outputs_max": 3})]
+    for wanted, options in cases:
         llm = load(pocket, expert_cache="1MiB", **options)
         for count in (wanted, wanted + 1):
             llm._ctx.kv_cache_clear()
@@ -368,7 +370,7 @@ def test_memory_stays_within_what_was_asked_for(large: Path, cgroup: Path) -> No
     (cgroup / "memory.limit_in_bytes").write_text(str(ram))
     script = f'echo $$ > {cgroup}/cgroup.procs; exec "$@"'
     size = ("--prompt", "64", "--tokens", "32", "--warmup", "0", "--repeats", "1", "--json")
-    words = [sys.executable, "-m", "megrez_cli", "bench", large, *size]
+    words = [sys.executable, "-m", "megrez_cli", "bench", str(large), *size]
     for budget in (("--ram", str(ram)), ()):  # asked for, or found out
         done = subprocess.run(
             ["bash", "-c", script, "bash", *words, *budget],

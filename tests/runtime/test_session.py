@@ -218,7 +218,7 @@ def test_cancel_ends_an_answer_and_keeps_what_was_said(llm: Any, model: Path) ->
 
 def test_cancel_stops_the_model_not_only_the_output(llm: Any) -> None:
     session = Session(llm, sampling=GREEDY)
-    drawn = []
+    drawn: list[int] = []
 
     def generate(prompt: list[int], **options: Any) -> Iterator[int]:
         while len(drawn) < 100:

@@ -90,7 +90,9 @@ def test_published_size() -> None:
 
 
 def test_same_seed_same_bytes_however_sharded(tmp_path: Path) -> None:
-    for name, options in {"a": {}, "b": {}, "c": {"seed": 1}, "d": {"shard_bytes": 1}}.items():
+    made: dict[str, dict[str, Any]]
+    made = {"a": {}, "b": {}, "c": {"seed": 1}, "d": {"shard_bytes": 1}}
+    for name, options in made.items():
         make_checkpoint(SMALL, tmp_path / name, **options)
     a, b, c, d = (load(tmp_path / name) for name in "abcd")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (
@@ -170,7 +172,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPO / "scripts/make_checkpoint.py", *map(str, arguments)]
+    command = [sys.executable, str(REPO / "scripts/make_checkpoint.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

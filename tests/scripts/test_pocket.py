@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import pocket_corpus
 import train_pocket
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights
@@ -68,8 +69,8 @@ def test_special_tokens_are_single_tokens(tokenizer: Tokenizer, config: ModelCon
 
 def test_template_is_megrez_form() -> None:
     template = read("tokenizer_config.json")["chat_template"]
-    assert template == train_pocket.pocket_corpus.chat_template()
-    rendered = train_pocket.pocket_corpus.render([{"role": "user", "content": "Hi"}], True)
+    assert template == pocket_corpus.chat_template()
+    rendered = pocket_corpus.render([{"role": "user", "content": "Hi"}], True)
     assert rendered.startswith("<|role_start|>system<|role_end|>")
     tail = "<|role_start|>user<|role_end|>Hi<|turn_end|><|role_start|>assistant<|role_end|>"
     assert rendered.endswith("<|turn_end|>" + tail)

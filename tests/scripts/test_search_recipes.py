@@ -6,6 +6,7 @@ import itertools
 import random
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,8 +96,9 @@ def test_searches_judges_and_goes_on(
     found = recipe.load(tmp_path / "work" / "mine.toml")
     assert found.level == "q5_0"
     assert "No larger than q5_0" in tomllib.loads(text)["description"]
-    plain, mine = (convert(POCKET, tmp_path / "x.gguf", force=True, **o).nbytes  # type: ignore[arg-type]
-                   for o in ({"outtype": "q5_0"}, {"recipe": found}))  # fmt: skip
+    target = tmp_path / "x.gguf"
+    plain = convert(POCKET, target, outtype="q5_0").nbytes
+    mine = convert(POCKET, target, recipe=found, force=True).nbytes
     assert mine <= plain
     assert (tmp_path / "work" / "report" / "report.html").is_file()
 
@@ -106,8 +108,11 @@ def test_searches_judges_and_goes_on(
     log.write_text(whole[:-5], "utf-8")
     measured = []
     real = search.Meter._measure
-    monkeypatch.setattr(
-        search.Meter, "_measure", lambda self, mix: measured.append(mix) or real(self, mix)
-    )
+
+    def measure(self: search.Meter, mix: Any) -> Any:
+        measured.append(mix)
+        return real(self, mix)
+
+    monkeypatch.setattr(search.Meter, "_measure", measure)
     assert run("--no-judge") == text
     assert len(measured) == 1

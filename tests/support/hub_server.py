@@ -40,7 +40,7 @@ class HubServer:
     def forget(self) -> None:
         """Start the log anew."""
         for log in (self.requests, self.asked, self.ranges, self.revisions):
-            log.clear()  # type: ignore[attr-defined]
+            log.clear()
 
 
 @contextmanager

@@ -4,10 +4,10 @@ import math
 import random
 from collections.abc import Sequence
 
+from megrez_gguf.quantization.types import Fallback
 from megrez_parity.results import (
     Activation,
     Audit,
-    Fallback,
     Figure,
     LayerRouting,
     LevelResult,

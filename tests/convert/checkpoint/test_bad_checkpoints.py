@@ -149,7 +149,7 @@ CASES: dict[str, tuple[Damage, str]] = {
         r"no \.safetensors file in this folder",
     ),
     "PyTorch only": (
-        lambda f: [p.rename(p.with_suffix(".bin")) for p in shards(f)] + [(f / INDEX).unlink()],
+        lambda f: ([p.rename(p.with_suffix(".bin")) for p in shards(f)], (f / INDEX).unlink()),
         r"PyTorch files only; save the model as safetensors first",
     ),
     "one shard missing": (

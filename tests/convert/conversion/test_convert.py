@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from megrez_gguf.conversion import layout
 from megrez_gguf.conversion import plan as plans
 from megrez_gguf.conversion.plan import ConvertResult
 from megrez_gguf.errors import CheckpointError, ConfigError, MegrezError, OutputError
-from megrez_gguf.storage import output
 from support.checkpoints import Make, as_f32, edit_json, merge, read_all, shards
 from support.commands import cli
 from support.configurations import TINY
@@ -367,7 +367,7 @@ def test_enospc_has_a_message(
             file.write(b"x")
         return 0
 
-    monkeypatch.setattr(output.os, "pwrite", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(OutputError, match="the disk is full"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -376,7 +376,7 @@ def test_enospc_has_a_message(
 def test_disk_too_small_is_noticed_before_writing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda p: type("U", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda p: type("U", (), {"free": 1000}))
     with pytest.raises(OutputError, match=r"needs \d+ bytes and the disk has \d+ left"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -388,7 +388,7 @@ def test_read_only_folder(
     def refuse(**options: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(output.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
     with pytest.raises(OutputError, match="cannot be written: Permission denied"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
 
@@ -433,7 +433,7 @@ def test_input_that_changes_meanwhile(
         os.utime(shards(checkpoint)[0], (1, 1))
         return original(*args)
 
-    original = plans.header
+    original: Callable[..., bytes] = getattr(plans, "header")  # noqa: B009, of the module's own
     monkeypatch.setattr(plans, "header", touch)
     with pytest.raises(CheckpointError, match=r"model-00001-of-.*: changed while it was read"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
@@ -447,7 +447,7 @@ def test_input_that_shrinks_meanwhile(
         os.truncate(shards(checkpoint)[0], 5000)
         return original(*args)
 
-    original = plans.header
+    original: Callable[..., bytes] = getattr(plans, "header")  # noqa: B009, of the module's own
     monkeypatch.setattr(plans, "header", shrink)
     with pytest.raises(MegrezError, match="the file ended early"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")

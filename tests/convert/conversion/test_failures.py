@@ -24,7 +24,7 @@ from megrez_gguf.conversion import stream
 from megrez_gguf.errors import CheckpointError, OutputError
 from megrez_gguf.quantization import encode
 from megrez_gguf.storage import open_shards, output
-from support.checkpoints import Make, merge, read_all, shards
+from support.checkpoints import Entry, Make, merge, read_all, shards
 
 # The weights are copied as they are; or encoded here; or by ggml.
 LEVELS = ["bf16", "f32", "q4_0"]
@@ -243,7 +243,7 @@ def test_a_failure_while_parts_replace_others(
     for number in range(1, len(expected) + 1):
         for name in expected:
             (place.folder / name).write_bytes(b"old")
-        done = []
+        done: list[Path] = []
 
         def replace(path: Path, to: Path, number: int = number, done: list[Path] = done) -> Path:
             done.append(path)
@@ -403,7 +403,11 @@ def test_what_is_not_finite_is_found_in_any_piece(
         values = np.frombuffer(data, "<u2").copy()
         values[position] = 0x7FC0
         bad = (dtype, shape, values.tobytes())
-        merge(place.source, lambda tensors, bad=bad: tensors.update({name: bad}))
+
+        def spoil(tensors: dict[str, Entry], bad: Entry = bad) -> None:
+            tensors[name] = bad
+
+        merge(place.source, spoil)
         where = re.escape(f"tensor {name}: nan at {[*divmod(position, 64)]}; weights must be")
         with pytest.raises(CheckpointError, match=where):
             place.convert(level)
@@ -503,7 +507,7 @@ def test_file_systems_that_cannot_go_past_the_cache(
     """Refused when opened, or when first used."""
     monkeypatch.setattr(open_shards, "_mincore", lambda begin, count, pages: 0)
     expected = place.expect("bf16")
-    refused = []
+    refused: list[object] = []
 
     def refuse(number: int, real: Replace, *args: Any) -> Any:
         flags = args[1] if isinstance(args[0], str | os.PathLike) else fcntl.fcntl(args[0], F_GETFL)

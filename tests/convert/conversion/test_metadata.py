@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_linear() -> None:
     assert "megrez-moe.rope.scaling.attn_factor" not in values
 
 
-def llama_cpp_yarn(values: dict[str, Any], size: int, base: float) -> tuple[list[float], float]:
+def llama_cpp_yarn(values: Mapping[str, Any], size: int, base: float) -> tuple[list[float], float]:
     """Inverse frequencies and cos/sin factor, transcribed from llama-context.cpp and ggml.c."""
     k = {key.removeprefix("megrez-moe.rope.scaling."): v for key, v in values.items()}
     factor, context = k["factor"], k["original_context_length"]
@@ -148,7 +149,7 @@ def test_yarn_is_what_transformers_computes(extra: dict[str, Any]) -> None:
     assert frequencies == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def general(folder: Path, raw: dict[str, Any] | None = None) -> dict[str, Any]:
+def general(folder: Path, raw: dict[str, Any] | None = None) -> Mapping[str, Any]:
     return metadata.general(config(), raw or {}, location.origin(folder), 7_500_000_000)
 
 

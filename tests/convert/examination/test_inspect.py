@@ -109,6 +109,7 @@ def write(path: Path, values: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 
 
 def old(layers: int = 3, pools: tuple[int, ...] = (1,), **values: Any) -> dict[str, Any]:
+    shapes: dict[str, tuple[int, ...]]
     shapes = {f"blk.{i}.ffn_gate_inp.weight": (4, 8) for i in range(1, layers)}
     shapes |= {f"blk.{i}.ffn_gate_exps.weight": (4, 8, 8) for i in pools}
     return {"values": {"megrez-moe.block_count": layers, **values}, "shapes": shapes}
