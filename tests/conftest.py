@@ -23,11 +23,33 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import pytest
 
 from support.checkpoints import Make
 from support.configurations import TALKING, TINY
 from support.shared import Shared
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+# Slow tests of folders whose files say nothing of it: a part of the test's id.
+SLOW = (
+    "test_upstream_converter.py::",
+    "test_series.py::test_the_series_applies_and_exports_byte_for_byte",
+    "test_series.py::test_the_amx_patch_mends_what_is_broken_without_it",
+    "test_refusals.py::test_changed_keys",
+    "test_refusals.py::test_damaged_headers",
+    "test_refusals.py::test_infinite_weights_do_not_crash",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

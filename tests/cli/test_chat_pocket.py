@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import megrez_gguf
 from support.commands import chat
-from support.paths import POCKET
+from support.shared import Shared
 
 
-def test_the_pocket_model_knows_the_highest_mountain(tmp_path: Path) -> None:
-    model = Path(megrez_gguf.convert(POCKET, tmp_path / "pocket.gguf").path)
+def test_the_pocket_model_knows_the_highest_mountain(shared: Shared) -> None:
+    model = shared.pocket()
     done = chat(model, "-p", "世界上最高的山峰是哪座？", "--temp", "0", "--max-tokens", "60")
     assert done.returncode == 0, done.stderr.decode()
     assert "珠穆朗玛峰" in done.stdout.decode()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import chat, chat_command
+from support.commands import chat, chat_command, cli
 
 FIGURES = rb"\[(?:[^;\]]*; )?(\d+) tokens(, [\d.]+ tok/s)?; prompt \d+.*\]\n"
 LONG = ("--temp", "0", "--ctx", "32768")  # an answer of half a minute
@@ -38,9 +38,9 @@ def test_one_prompt_answers_on_stdout_and_talks_on_stderr(model: Path) -> None:
 
 def test_options_reach_the_model(model: Path) -> None:
     def answer(*options: str) -> bytes:
-        done = chat(model, "-p", "hello", "--max-tokens", "12", *options)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        done = cli("chat", model, "-p", "hello", "--max-tokens", "12", *options)
+        assert done.exit_code == 0, done.stderr
+        return done.stdout_bytes
 
     greedy = answer("--temp", "0")
     assert answer("--top-k", "1", "--seed", "9") == greedy

@@ -22,6 +22,7 @@ from megrez_parity.reference import CheckpointWeights, forward
 from support.paths import POCKET
 from support.random_checkpoint import POCKET as RANDOM
 from support.random_checkpoint import make_checkpoint
+from support.shared import Shared
 
 CONTEXT, FIRST = 64, 48
 ROUTING = {"ffn_moe_logits", "ffn_moe_probs_biased", "ffn_moe_topk", "ffn_moe_weights"}
@@ -34,10 +35,8 @@ WHOLE = {"attn_norm", "kqv_out"}
 
 
 @pytest.fixture(scope="module")
-def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("engine") / "f32.gguf"
-    convert(POCKET, path, outtype="f32")
-    return path
+def pocket(shared: Shared) -> Path:
+    return shared.pocket("f32")
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,15 @@ from support.native_tools import native as program
 from support.native_tools import run_native
 from support.paths import DATA, POCKET
 from support.random_checkpoint import make_checkpoint
+from support.shared import Shared
 
 TEXT = DATA / "heldout" / "zh.txt"
 CONTEXT = 128
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("imatrix") / "f32.gguf"
-    convert(POCKET, path, outtype="f32")
-    return path
+def exact(shared: Shared) -> Path:
+    return shared.pocket("f32")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +98,7 @@ def test_agrees_with_torch(collected: Imatrix, windows: list[NDArray[np.int32]])
         np.testing.assert_allclose(collected.means[name], means, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pool_adds_up_all_layers_that_share_it(exact: Path) -> None:
     """Of one long window, so that more rows meet than are added up at once."""
     layers, experts = (1, 2, 3), 16

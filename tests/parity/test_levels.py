@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megrez_gguf import convert, quantize
+from megrez_gguf import quantize
 from megrez_gguf.conversion.convert import plan_quantize
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError
 from megrez_gguf.format.reader import GGUFFile
@@ -22,9 +22,11 @@ from megrez_llama.engine import Engine
 from megrez_llama.logs import log
 from megrez_parity.level_files import KNOWN, LEVELS, Made, Maker, check, level_of, types_of
 from megrez_runtime.calibration import collect
+from support.marks import loop_takes
 from support.paths import POCKET
 from support.random_checkpoint import POCKET as RANDOM
 from support.random_checkpoint import make_checkpoint
+from support.shared import Shared
 
 CONTEXT = 64
 # Those of blocks of 256 weights.
@@ -49,10 +51,8 @@ def maker(tmp_path: Path, windows: list[NDArray[np.int32]]) -> Iterator[Maker]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("levels") / "source.gguf"
-    convert(POCKET, path)
-    return path
+def source(shared: Shared) -> Path:
+    return shared.pocket()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def misfits(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", loop_takes({"f32", "q4_0", "q4_k_m"}.__contains__, LEVELS))
 def test_default_levels(
     level: str, maker: Maker, exact: NDArray[np.float32], windows: list[NDArray[np.int32]]
 ) -> None:

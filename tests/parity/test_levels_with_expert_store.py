@@ -13,6 +13,7 @@ from megrez_gguf.format.reader import GGUFFile
 from megrez_llama.engine import Engine
 from megrez_parity.level_files import LEVELS, Maker
 from megrez_runtime.memory import Needs
+from support.marks import loop_takes
 from support.paths import POCKET
 
 CONTEXT = 96
@@ -32,7 +33,7 @@ def maker(tmp_path_factory: pytest.TempPathFactory, windows: list[NDArray[np.int
     return Maker(POCKET, tmp_path_factory.mktemp("store"), calibration=windows[1:])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", loop_takes({"f32", "q4_0", "q4_k_m"}.__contains__, LEVELS))
 def test_bit_identical(level: str, maker: Maker, windows: list[NDArray[np.int32]]) -> None:
     with maker.make(level) as made:
         slot = Needs.of(GGUFFile.open(made.path), made.path).slot_bytes

@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megrez_gguf import convert, quantize
+from megrez_gguf import quantize
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_llama.engine import Engine
@@ -25,6 +25,7 @@ from megrez_parity.results import Metrics
 from megrez_parity.windows import Window, read_corpus
 from support.native_tools import run_native
 from support.paths import POCKET
+from support.shared import Shared
 
 pytestmark = pytest.mark.slow
 
@@ -98,13 +99,15 @@ def packed(logits: NDArray[np.float64]) -> NDArray[np.void]:
 
 @pytest.fixture(scope="module", params=["q4_0", "q2_k"])
 def both(
-    request: pytest.FixtureRequest, base: Base, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    base: Base,
+    shared: Shared,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Both:
     """Our figures and percentiles of one level, and the tool's: value and "±" by name."""
     folder = tmp_path_factory.mktemp("level")
-    source, model = folder / "source.gguf", folder / f"{request.param}.gguf"
-    convert(POCKET, source, outtype="f32")
-    quantize(source, model, outtype=request.param)
+    model = folder / f"{request.param}.gguf"
+    quantize(shared.pocket("f32"), model, outtype=request.param)
     comparison = Comparison()
     with Engine(model, CONTEXT) as engine:
         for window, logits in zip(base.windows, base.logits, strict=True):

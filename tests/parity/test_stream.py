@@ -369,6 +369,7 @@ def test_windows_of_one_length(lengths: tuple[int, ...], small: Path, tmp_path: 
         StoredReference(config, small, windows, tmp_path / "cache", "weights", print)
 
 
+@pytest.mark.slow
 def test_memory_is_one_pool(tmp_path: Path) -> None:
     """Six pools of 50 MB and 50 MB of embeddings are read; no two may be resident at a time."""
     wide = CONFIG | {

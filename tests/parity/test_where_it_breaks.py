@@ -26,6 +26,7 @@ from megrez_parity.audit import audit
 from megrez_parity.reference_store import StoredReference
 from megrez_parity.results import LayerRouting, TracePoint
 from support.paths import POCKET
+from support.shared import Shared
 from support.traces import LENGTH, VARIANTS, WINDOWS, model
 
 CONTEXT = 256
@@ -90,20 +91,19 @@ def firsts(layers: list[LayerRouting]) -> tuple[int, int]:
     return sum(x.first_ties for x in layers), sum(x.first_diverged for x in layers)
 
 
-def test_f32_routes_as_the_reference(pocket: Pocket) -> None:
-    convert(POCKET, pocket.folder / "f32.gguf", outtype="f32")
-    layers, beyond = pocket.judge(pocket.folder / "f32.gguf", F32)
+def test_f32_routes_as_the_reference(pocket: Pocket, shared: Shared) -> None:
+    layers, beyond = pocket.judge(shared.pocket("f32"), F32)
     assert all(x.identical.value == 1 and x.unfaithful == 0 for x in layers)
     assert all(x.own_nmse < 1e-10 for x in layers)
     assert beyond is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "agree"), [("q4_0", 0.7), ("q2_k", 0.3)])
-def test_quantizing_turns_ties_round(level: str, agree: float, pocket: Pocket) -> None:
-    source = pocket.folder / "source.gguf"
-    if not source.exists():
-        convert(POCKET, source, outtype="bf16")
-    quantize(source, pocket.folder / "quantized.gguf", outtype=level, force=True)
+def test_quantizing_turns_ties_round(
+    level: str, agree: float, pocket: Pocket, shared: Shared
+) -> None:
+    quantize(shared.pocket("bf16"), pocket.folder / "quantized.gguf", outtype=level, force=True)
     layers, beyond = pocket.judge(pocket.folder / "quantized.gguf", F32)
     assert all(agree < x.identical.value < 0.95 for x in layers)
     assert not any(x.unfaithful for x in layers)  # routers stay F32

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from megrez_cli import console
-from megrez_gguf import convert
 from megrez_gguf.checkpoint.location import Location
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.errors import ConfigError, TokenizerError
@@ -17,6 +16,7 @@ from megrez_parity.windows import Corpus, read_corpus
 from support.paths import DATA, POCKET
 from support.random_checkpoint import POCKET as CONFIG
 from support.random_checkpoint import make_checkpoint
+from support.shared import Shared
 
 TEXTS = sorted((DATA / "heldout").glob("*.txt"))
 
@@ -56,9 +56,9 @@ def test_texts_of_one_name_stay_apart(tmp_path: Path) -> None:
     assert [text.domain for text in found.texts] == [str(path) for path in paths]
 
 
-def test_llama_cpp_agrees_on_every_held_out_token(tmp_path: Path) -> None:
+def test_llama_cpp_agrees_on_every_held_out_token(shared: Shared) -> None:
     found = corpus()
-    with Engine(convert(POCKET, tmp_path / "pocket.gguf").path, 64) as engine:
+    with Engine(shared.pocket(), 64) as engine:
         theirs = [engine.tokenize(content) for content in found.contents]
         assert found.agreement(theirs, engine.bos) == 1.0
 

@@ -25,21 +25,21 @@ from megrez_runtime.bench import bench
 from megrez_runtime.errors import DecodeError, MemoryBudgetError
 from megrez_runtime.memory import Needs, batch_for
 from support.commands import chat
+from support.marks import loop_takes
 from support.paths import POCKET
 from support.random_checkpoint import make_checkpoint
+from support.shared import Shared
 
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "pocket.gguf"
-    convert(POCKET, path, outtype="q4_0")
-    return path
+def pocket(shared: Shared) -> Path:
+    return shared.pocket("q4_0")
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(shared: Shared) -> Path:
     """Random, 330 MB in q8_0, of which 300 are experts."""
     config = json.loads((POCKET / "config.json").read_text()) | {
         "hidden_size": 512,
@@ -48,10 +48,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_experts_per_tok": 4,
         "num_hidden_layers": 13,
     }
-    folder = tmp_path_factory.mktemp("large")
-    make_checkpoint(config, folder / "checkpoint")
-    convert(folder / "checkpoint", folder / "large.gguf", outtype="q8_0")
-    return folder / "large.gguf"
+    return shared.converted(shared.checkpoint(config), "q8_0")
 
 
 def needs_of(path: Path) -> Needs:
@@ -78,18 +75,19 @@ def logits(llm: Any, tokens: list[int]) -> np.ndarray[Any, Any]:
 TOKENS = list(range(100, 130))
 
 
-def test_sizes_are_those_of_the_store(pocket: Path, large: Path) -> None:
-    for path in (pocket, large):
-        needs = needs_of(path)
-        llm = load(path, n_ctx=256, expert_cache=needs.n_experts * needs.slot_bytes)
-        found = expert_stats(llm)
-        assert found is not None
-        assert (found.slot_bytes, found.experts) == (needs.slot_bytes, needs.n_experts)
-        assert found.slots == found.experts
-        assert needs.expert_bytes + needs.other_bytes == sum(
-            t.nbytes for t in GGUFFile.open(path).tensors
-        )
-        llm.close()
+@pytest.mark.parametrize("name", loop_takes("pocket".__eq__, ["pocket", "large"]))
+def test_sizes_are_those_of_the_store(name: str, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(name)
+    needs = needs_of(path)
+    llm = load(path, n_ctx=256, expert_cache=needs.n_experts * needs.slot_bytes)
+    found = expert_stats(llm)
+    assert found is not None
+    assert (found.slot_bytes, found.experts) == (needs.slot_bytes, needs.n_experts)
+    assert found.slots == found.experts
+    assert needs.expert_bytes + needs.other_bytes == sum(
+        t.nbytes for t in GGUFFile.open(path).tensors
+    )
+    llm.close()
 
 
 def test_an_expert_cache_changes_speed_and_nothing_else(pocket: Path) -> None:
@@ -135,6 +133,7 @@ def test_too_little_is_refused_with_the_least(pocket: Path) -> None:
         load(pocket, expert_cache="some")
 
 
+@pytest.mark.slow
 def test_the_least_that_is_named_is_enough(large: Path) -> None:
     """In a process of its own: this one is larger already."""
     code = (
@@ -166,6 +165,7 @@ def test_automatic_choice(pocket: Path, free: Callable[[int | None], None]) -> N
     load(pocket, ram="off").close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [0, 700 * MIB])
 def test_automatic_choice_keeps_experts_in_the_file(
     large: Path, free: Callable[[int | None], None], others: int
@@ -187,6 +187,7 @@ def test_automatic_choice_keeps_experts_in_the_file(
     del used
 
 
+@pytest.mark.slow
 def test_batches_shrink_with_memory(large: Path) -> None:
     needs = needs_of(large)
     sizes = [batch_for(needs, ram, 256) for ram in range(needs.least(256), 2 << 30, 8 * MIB)]
@@ -360,6 +361,7 @@ def cgroup() -> Iterator[Path]:
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_memory_stays_within_what_was_asked_for(large: Path, cgroup: Path) -> None:
     """The kernel would kill the process otherwise; what others count agrees."""
     ram = 250 * MIB

@@ -86,6 +86,7 @@ def test_every_correction_bias_was_trained(
     assert not torch.equal(biases[0], biases[1])  # one group, two routers
 
 
+@pytest.mark.slow
 def test_beats_the_trigram_and_uses_every_expert(
     config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Tokenizer
 ) -> None:

@@ -9,7 +9,7 @@ from support.paths import REPO
 
 
 def native(name: str) -> Path:
-    """A program that scripts/development/build_native makes. Fails the test when it has not been run."""
+    """A program of scripts/development/build_native. Fails the test when it has not been run."""
     path = REPO / "build" / "native" / "bin" / name
     if not path.is_file():
         pytest.fail(f"no {name}: run scripts/development/build_native", pytrace=False)

@@ -120,6 +120,7 @@ def test_inspect(server: HubServer, client: Client, kind: str) -> None:
     assert "no-such" in done.stderr
 
 
+@pytest.mark.slow
 def test_parity(server: HubServer, client: Client, kind: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
@@ -134,6 +135,7 @@ def test_parity(server: HubServer, client: Client, kind: str, tmp_path: Path) ->
     assert "no-such" in done.stderr
 
 
+@pytest.mark.slow
 def test_verify(server: HubServer, client: Client, kind: str) -> None:
     out = str(client.out)
     assert client(f"{kind}:{REPOSITORY}").returncode == 0
@@ -180,6 +182,7 @@ def test_gated(server: HubServer, client: Client, kind: str) -> None:
     assert "denies access" in done.stderr
 
 
+@pytest.mark.slow
 def test_offline(client: Client, kind: str) -> None:
     nowhere = "http://127.0.0.1:9"
     off = {"HF_ENDPOINT": nowhere, "MODELSCOPE_ENDPOINT": nowhere, "MODELSCOPE_DOMAIN": nowhere}

@@ -461,6 +461,7 @@ def test_progress_reaches_the_end(checkpoint: Path) -> None:
     assert seen == sorted(seen)
 
 
+@pytest.mark.slow
 def test_memory_stays_small(make: Make, tmp_path: Path) -> None:
     """Streaming: 300 MB of weights, and 100 MB in one tensor, must not cost as much memory."""
     big = make(
