@@ -302,7 +302,8 @@ def _check_file(name: str, item: Any, root: Path) -> Iterator[Conflict]:
         )
         return
     lines = [line.rstrip(b"\r\n") for line in path.read_bytes().splitlines()]
-    port = "amend its commit in a tree from `scripts/development/patches tree`, then `scripts/development/patches export`"
+    tool = "scripts/development/patches"
+    port = f"amend its commit in a tree from `{tool} tree`, then `{tool} export`"
     for number, hunk in enumerate(item.hunks, 1):
         old, new = _sides(hunk)
         if _at(lines, hunk.startsrc, old):
