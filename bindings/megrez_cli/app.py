@@ -75,6 +75,7 @@ for command in (
     calibration.imatrix,
     conversion.inspect,
     judgement.parity,
+    judgement.search,
     running.chat,
     running.bench,
 ):

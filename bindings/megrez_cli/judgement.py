@@ -1,4 +1,4 @@
-"""The command that judges files: parity."""
+"""Commands that judge files: parity, and search, which judges what it finds."""
 
 from __future__ import annotations
 
@@ -96,3 +96,97 @@ def parity(
         print_table(result)
     if result.misses:
         raise ThresholdError("; ".join(result.misses))
+
+
+def search(
+    checkpoint: options.Checkpoint,
+    work: Annotated[
+        Path,
+        typer.Option(help="Folder for the recipes, the report and every measurement; resumes."),
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt at CKPT]"),
+    ] = None,
+    ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    windows: Annotated[
+        int, typer.Option(help="Windows a text to judge by, which the search does not see.")
+    ] = 16,
+    imatrix: options.Imatrix = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--also",
+            metavar="CHECKPOINT",
+            help="Be no larger than the level for this folder, too; repeatable. Needs no weights.",
+        ),
+    ] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge/--no-judge", help="Compare with stock levels at the end.")
+    ] = True,
+    revision: options.Revision = None,
+    as_json: options.Json = False,
+) -> None:
+    """Search for recipes that suit this checkpoint, no larger than q3_k_m, q4_k_m and q5_k_m.
+
+    Measures what each type costs each kind of tensor, then mixes of them, on the ends of the texts.
+    Judges what it found beside stock levels on their starts, as parity does. Takes hours at full
+    size; killed, it goes on where it was.
+
+    \b
+    Examples:
+      megrez-gguf search tests/data/pocket --work pocket-recipes
+      megrez-gguf search Megrez2-3x7B-A3B --text novel.txt --windows 2 --work recipes
+      megrez-gguf convert Megrez2-3x7B-A3B --recipe recipes/megrez-q4.toml
+    """
+    from megrez_parity import recipe_search
+    from megrez_parity.report import prepare, print_table, write
+
+    if judge:
+        prepare(work / "report")
+    found = recipe_search.search(
+        checkpoint,
+        work,
+        also=also or (),
+        texts=text or (),
+        n_ctx=ctx,
+        n_windows=windows,
+        imatrix=imatrix,
+        revision=revision,
+        say=console.say,
+    )
+    for one in found:
+        console.say(f"wrote {one.path}")
+    report = None
+    if judge:
+        report = recipe_search.judge(
+            checkpoint,
+            [one.path for one in found],
+            texts=text or (),
+            n_ctx=ctx,
+            n_windows=windows,
+            imatrix=imatrix,
+            revision=revision,
+            command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
+            say=console.say,
+        )
+        for path in write(report, work / "report"):
+            console.say(f"wrote {path}")
+    if as_json:
+        recipes = [
+            {
+                "path": str(one.path),
+                "level": one.recipe.level,
+                "types": dict(one.recipe.types),
+                "nbytes": one.nbytes,
+                "mean_kld": one.mean_kld,
+            }
+            for one in found
+        ]
+        summary = {"recipes": recipes, "report": report.as_dict() if report else None}
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+    elif report:
+        print_table(report)
+    else:
+        for one in found:
+            typer.echo(str(one.path))
