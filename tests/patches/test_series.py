@@ -71,6 +71,7 @@ def test_every_patch_and_overlay_file_is_explained() -> None:
         assert head.startswith("From: megrez-gguf <megrez-gguf@users.noreply.github.com>\n")
         assert "\nSubject: [PATCH] " in head
         assert "etire" in head, f"{patch.name} does not say what retires it"
+        assert "\nProposal: " in head, f"{patch.name} does not say how it is proposed upstream"
     for name in source.overlay_files():
         assert name.rpartition(".")[0] in text
 

@@ -400,7 +400,7 @@ int llama_expert_store::take(int step, bool from_others) {
 
 void llama_expert_store::visit(int step, const std::vector<int> & experts) {
     // what a visit counts against the one after it, and frequency against the distance of the next visit. Tried on
-    // uniform, skewed, drifting and recorded routing: scripts/simulate_eviction.py
+    // uniform, skewed, drifting and recorded routing: scripts/benchmarks/simulate_eviction.py
     constexpr float decay  = 0.95f;
     constexpr float weight = 0.5f;
 

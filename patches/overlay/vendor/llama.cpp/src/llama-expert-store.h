@@ -87,7 +87,7 @@ public:
         reader   read;                        // for tests; default: preadv
     };
 
-    static constexpr int N_THREADS = 4; // one is slower, 8 are no faster: scripts/BENCHMARKS.md
+    static constexpr int N_THREADS = 4; // one is slower, 8 are no faster: scripts/benchmarks/README.md
 
     // throws std::runtime_error: the memory holds fewer than min_slots experts, or a file cannot be used
     explicit llama_expert_store(const params & p);
