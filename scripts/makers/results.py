@@ -23,8 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 POCKET = Path("tests/data/pocket")
 WINDOWS = 16
 # In the README: those a user chooses among.
-USUAL = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "recipe:megrez-q5", "q4_k_m")
-USUAL += ("recipe:megrez-q4", "q4_0", "q3_k_m", "recipe:megrez-q3")
+USUAL = (
+    *("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "recipe:megrez-q5", "q4_k_m"),
+    *("recipe:megrez-q4", "q4_0", "q3_k_m", "recipe:megrez-q3"),
+)
 BLOCK = re.compile(r"(?s)(<!-- results:begin[^\n]*-->\n).*?(<!-- results:end -->)")
 
 
@@ -74,11 +76,12 @@ def main() -> int:
         ("scripts/benchmarks/README.md", whole),
     ):
         page = ROOT / name
-        text, count = BLOCK.subn(lambda m, b=block: m[1] + b + m[2], page.read_text("utf-8"))
-        if count != 1:
+        text = page.read_text("utf-8")
+        found = list(BLOCK.finditer(text))
+        if len(found) != 1:
             print(f"error: {name} has no results markers", file=sys.stderr)
             return 1
-        page.write_text(text, "utf-8")
+        page.write_text(text[: found[0].end(1)] + block + text[found[0].start(2) :], "utf-8")
     return 0
 
 
