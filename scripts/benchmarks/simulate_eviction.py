@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +84,15 @@ def hit_rate(routing: Routing, pools: list[int], slots: int, policy: str, warmup
             return last
         if policy == "lfu":
             return count
+        distance: NDArray[np.float64] = until[step, pool_of]
         if policy == "distance":
-            return -until[step, pool_of]
+            return np.negative(distance)
         if policy == "best":
             assert following is not None
-            return -following[time].astype(np.float64)
-        return WEIGHT * np.log(freq + 0.3) - until[step, pool_of]
+            soon: NDArray[np.float64] = -following[time].astype(np.float64)
+            return soon
+        worth: NDArray[np.float64] = WEIGHT * np.log(freq + 0.3) - distance
+        return worth
 
     hits = uses = 0
     held = np.zeros(0, np.int64)
@@ -139,8 +142,8 @@ def table(name: str, routing: Routing, pools: list[int], warmup: int) -> Iterato
     yield "|--:|" + "--:|" * len(POLICIES)
     for share in SHARES:
         slots = round(share * total)
-        rate: Callable[[str], float] = lambda p, n=slots: hit_rate(routing, pools, n, p, warmup)  # noqa: E731
-        yield f"| {slots} of {total} | " + " | ".join(f"{rate(p):.0%}" for p in POLICIES) + " |"
+        rates = [hit_rate(routing, pools, slots, policy, warmup) for policy in POLICIES]
+        yield f"| {slots} of {total} | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |"
     yield ""
 
 

@@ -63,7 +63,8 @@ class Trigram:
         p = np.full(len(c), 1 / self.vocabulary)
         for order, context in zip(self.orders, (b * 0, b, a << SHIFT | b), strict=True):
             p = order.probability(context, c, p)
-        return -np.log2(p)
+        bits: NDArray[np.float64] = -np.log2(p)
+        return bits
 
 
 def _find(table: Ids, wanted: Ids) -> tuple[Ids, NDArray[np.bool_]]:

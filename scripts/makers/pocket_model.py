@@ -28,7 +28,8 @@ def initial(config: ModelConfig, seed: int) -> Weights:
     residual = (2 * config.num_hidden_layers) ** -0.5
 
     def normal(*shape: int, gain: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * gain * shape[-1] ** -0.5
+        shrunk: float = shape[-1] ** -0.5
+        return torch.randn(*shape, generator=generator) * gain * shrunk
 
     weights = {
         "model.embed_tokens.weight": torch.randn(config.vocab_size, hidden, generator=generator),
@@ -119,8 +120,9 @@ def _experts(w: Weights, pool: str, h: Tensor, scale: Tensor) -> Tensor:
     gate, up, down = (w[f"{pool}{part}_proj.weight"] for part in ("gate", "up", "down"))
     width = gate.shape[1]
     inner = F.silu(h @ gate.flatten(0, 1).T) * (h @ up.flatten(0, 1).T)  # [B, S, E * M]
-    inner = (inner.unflatten(-1, (-1, width)) * scale.unsqueeze(-1)).flatten(-2)
-    return inner @ down.transpose(1, 2).flatten(0, 1)  # [E, D, M] -> [E, M, D] -> [E * M, D]
+    inner = (inner.view(*inner.shape[:-1], -1, width) * scale.unsqueeze(-1)).flatten(-2)
+    out: Tensor = inner @ down.transpose(1, 2).flatten(0, 1)  # [E, D, M] -> [E, M, D] -> [E * M, D]
+    return out
 
 
 def _mlp(w: Weights, name: str, h: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def _attention(
 ) -> Tensor:
     size = config.head_dim
     q, k, v = (
-        (h @ w[f"{name}{part}_proj.weight"].T).unflatten(-1, (-1, size)).transpose(1, 2)
+        (h @ w[f"{name}{part}_proj.weight"].T).view(*h.shape[:-1], -1, size).transpose(1, 2)
         for part in "qkv"
     )
     cos, sin = rope

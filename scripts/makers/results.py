@@ -73,11 +73,12 @@ def main() -> int:
         ("scripts/benchmarks/README.md", whole),
     ):
         page = ROOT / name
-        text, count = BLOCK.subn(lambda m, b=block: m[1] + b + m[2], page.read_text("utf-8"))
-        if count != 1:
+        text = page.read_text("utf-8")
+        found = list(BLOCK.finditer(text))
+        if len(found) != 1:
             print(f"error: {name} has no results markers", file=sys.stderr)
             return 1
-        page.write_text(text, "utf-8")
+        page.write_text(text[: found[0].end(1)] + block + text[found[0].start(2) :], "utf-8")
     return 0
 
 

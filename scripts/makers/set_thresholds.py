@@ -77,11 +77,14 @@ def main() -> int:
         except MegrezError as e:
             _say(f"set_thresholds: {e}")
             return e.exit_code
-    found = {}
+    found: dict[str, dict[str, object]] = {}
+    exact: dict[str, float] = {}
     for result in report.levels:
         assert result.trace
-        found[result.level] = bounds(result.metrics) | {"trace": local_bounds(result.trace)}
-    exact = dict.fromkeys(found["f32"]["trace"], EXACT_LOCAL)
+        local = local_bounds(result.trace)
+        found[result.level] = {**bounds(result.metrics), "trace": local}
+        if result.level == "f32":
+            exact = dict.fromkeys(local, EXACT_LOCAL)
     found["f32"] = {"nmse": EXACT, "tokenizer_agreement": 1.0, "trace": exact}
     assert tuple(found) == LEVELS
     levels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(found[name])}" for name in found)

@@ -53,7 +53,7 @@ BATCH, WINDOW = 8, 256  # tokens a step: the product; longer windows once the ra
 FALL = 0.5  # share of the steps over which the learning rate falls to zero
 BIAS_SPEED = 1e-3  # of the correction bias, a step
 CHAT_EVERY = 2  # steps: in one of so many a row is conversations, from position 0
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["MegrezMoeForCausalLM"],
     "model_type": "megrez_moe",
     "hidden_size": 256,
@@ -160,7 +160,8 @@ class Data:
         return self.windows[row]
 
     def _chat_row(self, index: int, size: int) -> Row:
-        rng, row = random.Random(index), []
+        rng = random.Random(index)
+        row: list[int] = []
         while len(row) < size:
             row += rng.choice(self.chats)
         return np.array(row[:size])
@@ -201,7 +202,7 @@ class Muon:
                 self.momentum[name].lerp_(grad, 0.05)
                 updates.append(grad.lerp(self.momentum[name], 0.95).view(-1, *shape))
             scale = 0.2 * max(shape) ** 0.5 * rate
-            whole = orthogonal(torch.cat(updates)).split([len(u) for u in updates])
+            whole = torch.split(orthogonal(torch.cat(updates)), [len(u) for u in updates])
             for name, update in zip(names, whole, strict=True):
                 weight = self.matrices[name]
                 weight.mul_(1 - rate * 0.1).sub_(update.view_as(weight), alpha=scale)
@@ -212,12 +213,13 @@ def orthogonal(x: Tensor) -> Tensor:
     """The nearest half-orthogonal matrices to `x` `[n, rows, columns]`, roughly: five quintic
     Newton-Schulz iterations."""
     tall = x.shape[1] > x.shape[2]
-    y = (x.mT if tall else x).bfloat16()
+    y: Tensor = (x.mT if tall else x).bfloat16()
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = y @ y.mT
         y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    return (y.mT if tall else y).float()
+    nearest: Tensor = y.mT if tall else y
+    return nearest.float()
 
 
 def fade(step: int, steps: int) -> float:
@@ -244,7 +246,9 @@ def train(
     plateau, falling = work / "plateau.pt", work / f"falling-{steps}.pt"
     begin, spent = 0, 0.0
     for saved in (falling, plateau):
-        state = torch.load(saved) if saved.is_file() else {"step": math.inf}
+        if not saved.is_file():
+            continue
+        state: dict[str, Any] = torch.load(saved)
         if state["step"] <= steps and (saved == falling or fade(state["step"], steps) == 1):
             for name, weight in weights.items():
                 weight.data.copy_(state["weights"][name])
@@ -322,7 +326,8 @@ def export(folder: Path, weights: dict[str, Tensor], tokenizer: Tokenizer) -> No
     tensors = {
         n: w.bfloat16().contiguous() for n, w in sorted(pocket_model.published(weights).items())
     }
-    total, shards, size = sum(w.nbytes for w in tensors.values()), ({}, {}), 0
+    total, size = sum(w.nbytes for w in tensors.values()), 0
+    shards: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     where: dict[str, str] = {}
     for name, tensor in tensors.items():
         number = int(2 * size >= total)
@@ -403,7 +408,7 @@ def judge(config: ModelConfig, out: Path, data: Data, tokenizer: Tokenizer) -> d
     """Held-out figures of the exported files beside the trigram's, and sample answers."""
     weights = dict(reference.CheckpointWeights(out))
     stream = data.stream()
-    trigram = Trigram(stream, int(CONFIG["vocab_size"]))
+    trigram = Trigram(stream, CONFIG["vocab_size"])
     report: dict[str, Any] = {"training_tokens": len(stream), "held_out": {}}
     ran = torch.zeros(len(config.moe_layers), config.n_routed_experts)
     for domain, text in data.held.items():

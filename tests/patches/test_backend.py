@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from megrez_llama_build import cache, source
 
-from .conftest import REPO, Mini, diff, insert
+from support.mini import REPO, Mini, diff, insert
 
 BUILD = (
     "import sys; from megrez_llama_build import backend; print(backend.build_wheel(sys.argv[1]))"

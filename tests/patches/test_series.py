@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from megrez_llama_build import source
 
-from .conftest import HEADER, LINES, REPO, UPSTREAM, Mini, diff, insert, make_sdist
+from support.mini import HEADER, LINES, REPO, UPSTREAM, Mini, diff, insert, make_sdist
 
 
 def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from megrez_llama_build import source
 
-from .conftest import LINES, UPSTREAM, Mini, diff, insert, make_sdist
+from support.mini import LINES, UPSTREAM, Mini, diff, insert, make_sdist
 
 
 def test_tree_has_overlay_patches_version_and_marker(mini: Mini, tmp_path: Path) -> None:
