@@ -20,8 +20,6 @@ WORD = re.compile(r"(?<![\w/.~<$+-])(?:\.ci/|\w)[\w./*+-]*")
 OURS = (".py", ".md", ".patch", ".cpp", ".h")
 # Named in the documentation, and no file here: an example, and a program of upstream's.
 ELSEWHERE = {"NNNN-topic.patch", "convert_hf_to_gguf.py"}
-# Scripts on their way there. Delete this once they have arrived.
-COMING = {"scripts/development/sabotage.py", "scripts/makers/write_recipes.py", "write_recipes.py"}
 
 
 @cache
@@ -79,7 +77,7 @@ def missing_files(text: str) -> Iterator[str]:
 def test_links_and_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     lost = [*broken_links(page, text), *dict.fromkeys(missing_files(text))]
-    assert [name for name in lost if name not in COMING] == []
+    assert lost == []
 
 
 def test_the_check_can_fail() -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from megrez_cli import calibration, console, conversion, judgement, running
+from megrez_cli import console, files, measuring, running
 from megrez_gguf.errors import MegrezError
 
 
@@ -69,12 +69,13 @@ def _common(
 
 
 for command in (
-    conversion.convert,
-    conversion.quantize,
-    conversion.verify,
-    calibration.imatrix,
-    conversion.inspect,
-    judgement.parity,
+    files.convert,
+    files.quantize,
+    files.verify,
+    measuring.imatrix,
+    files.inspect,
+    measuring.parity,
+    measuring.search,
     running.chat,
     running.bench,
 ):

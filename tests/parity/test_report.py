@@ -383,6 +383,12 @@ const timer = setInterval(() => {
 function look(page) {
   const style = (selector, name) =>
     getComputedStyle(page.querySelector(selector))[name];
+  const overview = page.querySelector("#figure-overview");
+  const boxes = (selector) =>
+    [...overview.querySelectorAll(selector)].map((x) => x.getBoundingClientRect());
+  const met = (a, b) =>
+    a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const labels = boxes(".annotation-text"), points = boxes(".points path");
   page.querySelector(".legend button")?.click();
   document.querySelector("#found").textContent = JSON.stringify({
     width: page.documentElement.scrollWidth,
@@ -393,6 +399,9 @@ function look(page) {
     plots: page.querySelectorAll(".cartesianlayer > .subplot").length,
     title: style(".chart .ytitle, .chart .xtitle", "fill"),
     pressed: page.querySelector(".legend button")?.ariaPressed,
+    labels: labels.length,
+    met: labels.flatMap((a, i) =>
+      [...labels.slice(i + 1), ...points].filter((b) => met(a, b))).length,
     collapsed: [...page.querySelectorAll(".chart")].filter(
       (chart) => chart.clientHeight < chart.querySelector(".main-svg").clientHeight).length,
   });
@@ -443,6 +452,7 @@ def test_a_browser_shows_it_on_a_phone_in_the_dark(name: str, tmp_path: Path) ->
     assert brightness(found["title"]) > 0.7  # the figures follow
     assert found["plots"] == {"all": 8, "hostile": 8, "lost": 7, "bare": 2}[name]
     assert found["collapsed"] == 0
+    assert found["met"] == 0
     assert found["pressed"] == "false"
 
 
@@ -450,5 +460,6 @@ def test_a_browser_shows_it_on_a_desk_in_the_light(tmp_path: Path) -> None:
     found = browse(ODD["all"], tmp_path, 1280, dark=False)
     assert found["inner"] == 1280 - 10
     assert found["width"] == found["room"]
+    assert (found["labels"], found["met"]) == (20, 0)
     assert brightness(found["ink"]) < 0.2 < 0.9 < brightness(found["background"])
     assert brightness(found["title"]) < 0.3

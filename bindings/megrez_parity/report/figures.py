@@ -16,7 +16,6 @@ from megrez_parity.report.drawing import (
     add_line,
     axis_floor,
     blank,
-    error_bars,
     hover,
     log_axis,
     name_rows,
@@ -25,6 +24,7 @@ from megrez_parity.report.drawing import (
     safe,
     styles,
 )
+from megrez_parity.report.frontier import frontier
 from megrez_parity.report.layers import depth_names
 from megrez_parity.report.words import NONE, labels, number, percent
 from megrez_parity.results import LevelResult, ParityReport
@@ -48,60 +48,6 @@ def figures(report: ParityReport) -> dict[str, go.Figure]:
     if any(result.trace and result.trace.points for result in report.levels):
         found["trace"] = trace(report)
     return found
-
-
-def frontier(report: ParityReport, looks: Sequence[Style]) -> go.Figure:
-    """File size against mean KLD, both logarithmic, and the line no file lies below."""
-    known = [
-        (result.file_bytes / 2**20, result.metrics.mean_kld, result, style)
-        for result, style in zip(report.levels, looks, strict=True)
-        if math.isfinite(result.metrics.mean_kld.value)
-    ]
-    floor = axis_floor([kld.value for _, kld, *_ in known], decades=5)
-    best, edge = math.inf, []
-    for size, kld, result, _ in sorted(known, key=lambda item: (item[0], item[1].value)):
-        if kld.value < best:
-            best = kld.value
-            edge.append((size, max(kld.value, floor), result))
-    figure = blank(540, x="file size, MiB", y="mean KLD, nats")
-    figure.add_scatter(
-        x=[size for size, *_ in edge],
-        y=[kld for _, kld, _ in edge],
-        mode="lines",
-        line={"shape": "hv", "color": MUTED, "width": 1.2, "dash": "dot"},
-        hoverinfo="skip",
-        name="front",
-    )
-    on_edge = {id(result) for *_, result in edge}
-    for size, kld, result, style in known:
-        below = kld.value < floor
-        figure.add_scatter(
-            x=[size],
-            y=[max(kld.value, floor)],
-            error_y=None if below else error_bars(kld, floor, style.color),
-            mode="markers+text",
-            marker=style.marker(10) | ({"symbol": "triangle-down"} if below else {}),
-            legendgroup=style.label,
-            name=style.label,
-            # The page places the labels where there is room, those of the front first.
-            customdata=[[safe(style.label), id(result) in on_edge]],
-            textfont={"color": style.color, "size": 12},
-            hovertext=hover(
-                style.label,
-                ("size", f"{size:,.2f} MiB"),
-                ("mean KLD", f"{number(kld.value)} [{number(kld.low)}, {number(kld.high)}]"),
-                ("same top", percent(result.metrics.same_top_p.value)),
-                ("PPL ratio", number(result.metrics.perplexity_ratio.value, ".5f")),
-            ),
-        )
-    sizes = [size for size, *_ in known] or [1.0]
-    tops = [kld.high if math.isfinite(kld.high) else kld.value for _, kld, *_ in known]
-    top = max([*tops, floor * 10])
-    across = [math.log10(min(sizes)) - 0.06, math.log10(max(sizes)) + 0.12]
-    figure.update_xaxes(log_axis(sizes, most=5), range=across)
-    up = [math.log10(floor) - 0.25, math.log10(top) + 0.4]
-    figure.update_yaxes(log_axis([floor, top]), range=up)
-    return figure
 
 
 def distribution(report: ParityReport) -> go.Figure:

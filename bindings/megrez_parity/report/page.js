@@ -24,6 +24,10 @@
     }
     // On a touch screen a drag must scroll the page.
     layout.dragmode = touch ? false : "zoom";
+    if (layout.meta) {
+      const { annotations, "margin.r": r } = labelled(plot, layout);
+      Object.assign(layout, { annotations, margin: { ...layout.margin, r } });
+    }
     const buttons = ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d"];
     await Plotly.react(plot, data, layout, {
       responsive: true,
@@ -31,57 +35,20 @@
       displayModeBar: touch ? false : "hover",
       modeBarButtonsToRemove: buttons,
     });
-    await place(plot);
   }
 
-  // Labels of single points: each where it covers no point and no other label, or nowhere. Those
-  // of the front come first; hovering names the others.
-  async function place(plot) {
-    const { xaxis, yaxis } = plot._fullLayout;
-    const points = plot.data
-      .map((trace, index) => ({ trace, index }))
-      .filter(({ trace }) => trace.mode === "markers+text" && trace.visible !== false)
-      .map(({ trace, index }) => ({
-        index,
-        label: trace.customdata[0][0],
-        front: trace.customdata[0][1],
-        x: xaxis.d2p(trace.x[0]),
-        y: yaxis.d2p(trace.y[0]),
-      }));
-    if (!points.length) return;
-    const taken = points.map(({ x, y }) => [x - 6, y - 6, x + 6, y + 6]);
-    const free = ([left, top, right, bottom]) =>
-      left >= 0 && top >= 0 && right <= xaxis._length && bottom <= yaxis._length &&
-      taken.every(([l, t, r, b]) => right < l || left > r || bottom < t || top > b);
-    const pen = document.createElement("canvas").getContext("2d");
-    pen.font = "12px system-ui, sans-serif";
-    const text = new DOMParser();
-    const positions = new Map();
-    for (const point of [...points].sort((a, b) => b.front - a.front)) {
-      const { x, y } = point;
-      const width = pen.measureText(
-        text.parseFromString(point.label, "text/html").documentElement.textContent
-      ).width;
-      const across = { left: x - width - 9, center: x - width / 2, right: x + 9 };
-      const down = { top: y - 23, middle: y - 8, bottom: y + 8 };
-      const order = ["top right", "middle right", "top center", "bottom left", "middle left"];
-      for (const where of [...order, "bottom center", "bottom right", "top left"]) {
-        const [v, h] = where.split(" ");
-        const box = [across[h], down[v], across[h] + width, down[v] + 15];
-        if (!free(box)) continue;
-        taken.push(box);
-        positions.set(point.index, where);
-        break;
-      }
+  // Labels of points, where there is room for them in the widest plot that fits (frontier.py).
+  function labelled(plot, { margin, annotations, meta }) {
+    const room = plot.clientWidth - margin.l - meta.right;
+    const best = meta.layouts.findLast(({ width }) => width <= room);
+    const shown = annotations.map((label) => ({ ...label, visible: false }));
+    for (const [i, x, y, line] of best?.labels ?? []) {
+      const offset = line ? { ax: x, ay: y } : { xshift: x, yshift: -y };
+      const visible = !hidden.has(shown[i].name);
+      shown[i] = { ...shown[i], ...offset, showarrow: line, visible };
     }
-    await Plotly.restyle(
-      plot,
-      {
-        text: points.map(({ index, label }) => [positions.has(index) ? label : ""]),
-        textposition: points.map(({ index }) => positions.get(index) ?? "top right"),
-      },
-      points.map(({ index }) => index)
-    );
+    const r = meta.right + (best ? room - best.width : 0);
+    return { annotations: shown, "margin.r": r };
   }
 
   const drawAll = () => figures.reduce((before, figure) => before.then(() => draw(figure)),
@@ -104,7 +71,12 @@
   drawAll().then(() => {
     for (const figure of figures) {
       const plot = figure.querySelector(".chart");
-      plot.on("plotly_autosize", () => place(plot));
+      plot.on("plotly_autosize", () => {
+        if (!plot.layout.meta) return;
+        const fitting = labelled(plot, plot.layout);
+        // To lay it out is to size it, which is told again.
+        if (fitting["margin.r"] !== plot.layout.margin.r) Plotly.relayout(plot, fitting);
+      });
     }
     document.documentElement.dataset.drawn = "true";
   });

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-import search_recipes as search
+from megrez_cli import main
 from megrez_gguf.conversion.convert import convert
 from megrez_gguf.quantization import recipe
-from search_recipes import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
+from megrez_parity import recipe_search as search
+from megrez_parity.recipe_search import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
 from support.paths import POCKET
 from support.random_checkpoint import SMALL, make_checkpoint
 
@@ -57,7 +58,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     assert not sizes.can(r"\.ffn_down_exps\.", "q4_K")
     assert sizes.can(r"\.ffn_down_exps\.", "iq4_nl")
     mix = ("q4_K", "q8_0", "iq4_xs", *("q5_0",) * (len(roles) - 3))
-    done = convert(POCKET, tmp_path / "x.gguf", recipe=search.recipe("x", "q4_k_m", roles, mix))
+    done = convert(POCKET, tmp_path / "x.gguf", recipe=search.recipe_of(mix, roles, level="q4_k_m"))
     assert 0 <= done.nbytes - sizes.whole(mix) < 1024
     assert sizes.level("q4_k_m") == convert(POCKET, tmp_path / "y.gguf", outtype="q4_k_m").nbytes
 
@@ -80,7 +81,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(search, "TARGETS", {"mine": "q5_0"})
     monkeypatch.setattr(search, "STOCK", ("q5_0",))
     work = tmp_path / "work"
-    return [str(POCKET), "--work", str(work), "--ctx", "64", "--windows", "2"]
+    return ["search", str(POCKET), "--work", str(work), "--ctx", "64", "--windows", "2"]
 
 
 @pytest.mark.slow
@@ -88,8 +89,9 @@ def test_searches_judges_and_goes_on(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*more: str) -> str:
-        monkeypatch.setattr("sys.argv", ["search_recipes", *arguments, *more])
-        assert search.main() == 0
+        with pytest.raises(SystemExit) as done:
+            main([*arguments, *more])
+        assert done.value.code == 0
         return (tmp_path / "work" / "mine.toml").read_text("utf-8")
 
     text = run()

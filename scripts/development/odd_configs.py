@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Convert and run configurations unlike the published one, and compare each with the reference.
 
-    scripts/odd_configs.py                 # the named ones
-    scripts/odd_configs.py --random 40     # and 40 drawn ones
+    scripts/development/odd_configs.py                 # the named ones
+    scripts/development/odd_configs.py --random 40     # and 40 drawn ones
 
 Each is a random float32 checkpoint, converted to F32 by the real converter, run by the patched
 llama.cpp, and compared with the float64 reference. Exits 1 if a normalised mean squared error
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 # The library is where the tests, which use it most, import it from.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from support.odd_configs import CASES, THRESHOLD, measure, random_case
 
 

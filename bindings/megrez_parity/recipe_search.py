@@ -1,17 +1,11 @@
-#!/usr/bin/env python3
 """Search for recipes: which tensors deserve which types, at the size of a stock level.
-
-    scripts/search_recipes.py tests/data/pocket --work FOLDER --write
-    scripts/make_checkpoint.py EMPTY --size full --empty --tokenizer-vocab 4000
-    scripts/search_recipes.py tests/data/pocket --also EMPTY --work FOLDER --write
-    scripts/search_recipes.py Megrez2-3x7B-A3B --text novel.txt --windows 2 --work FOLDER
 
 Tensors fall into roles (attention, shared experts, pools ...). The search
 
   1. measures, with everything else at Q8_0, what each type of each role adds to the mean KLD;
   2. takes these for additive, which small errors nearly are, and finds the mixes of the least sum
-     that are no larger than a stock level, of CHECKPOINT and of every --also checkpoint (of which
-     only the shapes are read);
+     that are no larger than a stock level, of the checkpoint and of every other one that the
+     recipes are to fit (of which only the shapes are read);
   3. measures the best of them, and those that differ from the best in two roles, until none is
      better.
 
@@ -22,12 +16,10 @@ Every measurement is kept in the work folder: killed, the search goes on where i
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import os
 import re
-import shlex
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,18 +29,17 @@ from pathlib import Path
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion.convert import convert, plan_convert
 from megrez_gguf.conversion.plan import Conversion
-from megrez_gguf.errors import ConfigError, MegrezError
+from megrez_gguf.errors import ConfigError, OutputError
 from megrez_gguf.quantization.recipe import Recipe
+from megrez_gguf.text import Say, silent
 from megrez_llama.engine import Engine
 from megrez_parity.harness import measure
+from megrez_parity.level_files import IMATRIX, PREFIX
 from megrez_parity.metrics import Comparison
 from megrez_parity.provenance import checkpoint_sha256, sha256
 from megrez_parity.reference_store import StoredReference, cache_key
-from megrez_parity.report import print_table, write
+from megrez_parity.results import ParityReport
 from megrez_parity.windows import read_corpus
-
-REPO = Path(__file__).resolve().parents[1]
-RECIPES = REPO / "convert" / "megrez_gguf" / "recipes"
 
 # Regular expressions that part a model's quantized tensors. "exps" are the pools, "shexp" the
 # shared experts; plain gate, up and down are the dense layers'.
@@ -63,8 +54,10 @@ TYPES = ("q3_K", "iq4_xs", "iq4_nl", "q4_1", "q4_K", "q5_0", "q5_1", "q5_K", "q6
 BASE = "q8_0"
 # What the recipes are called, the level whose size they may have, and what it is compared with.
 TARGETS = {"megrez-q3": "q3_k_m", "megrez-q4": "q4_k_m", "megrez-q5": "q5_k_m"}
-STOCK = ("q3_k_m", "iq4_xs", "q4_0", "iq4_nl", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m")
-STOCK += ("q6_k", "q8_0")
+STOCK = (
+    *("q3_k_m", "iq4_xs", "q4_0", "iq4_nl", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m"),
+    *("q6_k", "q8_0"),
+)
 
 # Mixes measured before the local search, and in each of its rounds.
 TRIED, ROUND = 12, 10
@@ -75,15 +68,130 @@ Mix = tuple[str, ...]
 """A type for each role of a checkpoint, in order."""
 
 
-def recipe(name: str, level: str, roles: Sequence[str], mix: Mix) -> Recipe:
-    return Recipe(name, level, tuple(zip(roles, mix, strict=True)), built_in=True)
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A recipe that was found, and the file it was written to.
+
+    `target` is the stock level whose size it may have, `nbytes` about its own, in bytes; `mean_kld`
+    is in nats, over the windows that the search saw.
+    """
+
+    recipe: Recipe
+    path: Path
+    target: str
+    nbytes: int
+    mean_kld: float
+
+
+def search(
+    checkpoint: str | os.PathLike[str],
+    work: Path,
+    *,
+    also: Sequence[Path] = (),
+    texts: Sequence[Path] = (),
+    n_ctx: int = 512,
+    n_windows: int = 16,
+    imatrix: Path | None = None,
+    revision: str | None = None,
+    say: Say = silent,
+) -> list[Found]:
+    """Recipes for a checkpoint, one for each of TARGETS, each written to NAME.toml in `work`.
+
+    `checkpoint`, `texts` and `revision` are those of `harness.measure`. The search sees the windows
+    of `n_ctx` tokens at the end of each text, beyond the `n_windows` from its start, which are for
+    `judge`. Recipes are to be no larger than their target for the folders `also`, too. Rounding is
+    weighted by the file `imatrix`, if there is one. `work` is created; measurements that are in it
+    already are not made again. `say` is told what is being done.
+
+    Raises MegrezError: texts with no token beyond the windows to judge by, tensors in no role, no
+    mix as small as a target, a divergence that is not finite, a folder that cannot be made, and
+    whatever the conversion or llama.cpp raise.
+    """
+    if n_ctx < 4 or n_windows < 1:
+        raise ConfigError(f"{n_windows} windows of {n_ctx} tokens: expected at least 1 of 4")
+    source = Checkpoint.find(checkpoint, revision=revision, say=say)
+    name = Path(checkpoint).name
+    roles = roles_of(source.folder)
+    sizes = [Sizes(folder, roles) for folder in (source.folder, *also)]
+    meter = Meter(
+        source, work, texts=texts, n_ctx=n_ctx, n_windows=n_windows, imatrix=imatrix, say=say
+    )
+    say("what each type of each role adds to the mean KLD:")
+    options = choices(meter, roles, sizes, say)
+    found = []
+    for recipe_name, target in TARGETS.items():
+        say(f"{recipe_name}: no larger than {target}")
+        # Names of types in the metadata differ in length: a kilobyte of room.
+        budgets = [s.level(target) - s.other - 1024 for s in sizes]
+        mix, kld = best_measured(meter, roles, options, budgets, say)
+        recipe = recipe_of(
+            mix, roles, name=recipe_name, level=target,
+            description=f"No larger than {target}. Searched by megrez-gguf search on {name}: "
+            f"mean KLD {kld:.2g} over the search's windows.",
+        )  # fmt: skip
+        path = work / f"{recipe_name}.toml"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(toml(recipe), "utf-8")
+        draft.replace(path)
+        found.append(Found(recipe, path, target, sizes[0].whole(mix), kld))
+    return found
+
+
+def judge(
+    checkpoint: str | os.PathLike[str],
+    recipes: Sequence[str | os.PathLike[str]],
+    *,
+    texts: Sequence[Path] = (),
+    n_ctx: int = 512,
+    n_windows: int = 16,
+    imatrix: Path | None = None,
+    revision: str | None = None,
+    command: str = "",
+    say: Say = silent,
+) -> ParityReport:
+    """`recipes`, by name or file, beside stock levels, on windows that `search` has not seen.
+
+    With an `imatrix` the targets and the recipes are judged with it, too. All other arguments are
+    those of `harness.measure`, whose report this is. Raises as it does.
+    """
+    found = [f"{PREFIX}{os.fspath(recipe)}" for recipe in recipes]
+    levels = [*STOCK, *found]
+    if imatrix:
+        levels += [f"{level}{IMATRIX}" for level in (*TARGETS.values(), *found)]
+    say("judging on windows the search has not seen")
+    return measure(
+        checkpoint,
+        levels=levels,
+        texts=texts,
+        n_ctx=n_ctx,
+        n_windows=n_windows,
+        imatrix=imatrix,
+        revision=revision,
+        command=command,
+        say=say,
+    )
+
+
+def recipe_of(
+    mix: Mix,
+    roles: Sequence[str],
+    *,
+    name: str = "mix",
+    level: str = BASE,
+    description: str = "",
+) -> Recipe:
+    """The types of `mix` for `roles`, in order, and `level` for what is in none of them."""
+    return Recipe(name, level, tuple(zip(roles, mix, strict=True)), description, built_in=True)
 
 
 # --- sizes -------------------------------------------------------------------------------------
 
 
 class Sizes:
-    """Bytes of a checkpoint's tensors, by role and type; reads no weights."""
+    """Bytes of a checkpoint's tensors, by role and type; reads no weights.
+
+    `other` is in bytes: what is in no role, and so the same in every mix.
+    """
 
     def __init__(self, checkpoint: Path, roles: Sequence[str]) -> None:
         self._checkpoint, self.roles = checkpoint, roles
@@ -92,8 +200,8 @@ class Sizes:
 
     def _plan(self, kind: str) -> dict[str, int]:
         """By role, where all its rows can hold `kind`."""
-        mix = recipe("x", BASE, self.roles, (kind,) * len(self.roles))
-        plan = plan_convert(self._checkpoint, "x", recipe=mix)
+        mix = (kind,) * len(self.roles)
+        plan = plan_convert(self._checkpoint, "x", recipe=recipe_of(mix, self.roles))
         lacking = {fallback.tensor for fallback in plan.fallbacks}
         sizes = {}
         for role in self.roles:
@@ -109,16 +217,19 @@ class Sizes:
         return plan.nbytes - named
 
     def can(self, role: str, kind: str) -> bool:
+        """Whether all rows of `role` can hold `kind`."""
         return role in self._of[kind]
 
     def of(self, role: str, kind: str) -> int:
+        """Bytes of the tensors in `role`. Raises KeyError unless it can hold `kind`."""
         return self._of[kind][role]
 
     def whole(self, mix: Mix) -> int:
-        """About the size of the file: a few bytes of metadata differ."""
+        """Bytes of the file, about: a few of its metadata differ."""
         return self.other + sum(self.of(r, kind) for r, kind in zip(self.roles, mix, strict=True))
 
     def level(self, name: str) -> int:
+        """Bytes of the file at a stock level."""
         return plan_convert(self._checkpoint, "x", outtype=name).nbytes
 
 
@@ -138,25 +249,39 @@ def roles_of(checkpoint: Path) -> list[str]:
 class Meter:
     """Mean KLD of recipes from the reference, over windows nobody is judged by."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._checkpoint, self._imatrix = args.checkpoint, args.imatrix
-        checkpoint = Checkpoint.open(args.checkpoint)
-        config = checkpoint.config
-        corpus = read_corpus(checkpoint, args.text, n_ctx=args.ctx, n_windows=args.windows)
+    def __init__(
+        self,
+        source: Checkpoint,
+        work: Path,
+        *,
+        texts: Sequence[Path],
+        n_ctx: int,
+        n_windows: int,
+        imatrix: Path | None,
+        say: Say,
+    ) -> None:
+        self._checkpoint, self._imatrix = source.folder, imatrix
+        corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)
         if not corpus.calibration:
-            raise ConfigError("the texts end with the windows to judge by; give longer ones")
+            raise ConfigError(
+                f"no text has a window of {n_ctx} tokens beyond the {n_windows} to judge by",
+                option="n_windows",
+            )
         self._windows = corpus.calibration
         tokens = [window.tokens for window in self._windows]
-        weights = checkpoint_sha256(checkpoint)
-        key = cache_key(config, args.checkpoint, tokens, weights)[:16]
-        args.work.mkdir(parents=True, exist_ok=True)
+        weights = checkpoint_sha256(source)
+        key = cache_key(source.config, source.folder, tokens, weights)[:16]
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OutputError(f"{work}: the work folder cannot be made: {e.strerror}") from None
         self._reference = StoredReference(
-            config, args.checkpoint, tokens, args.work / f"reference-{key}", weights, say
+            source.config, source.folder, tokens, work / f"reference-{key}", weights, say
         )
         self._reference.run()
-        weighted = f"-{sha256([args.imatrix])[0][:16]}" if args.imatrix else ""
-        self._log = args.work / f"measured-{key}{weighted}.jsonl"
-        self._file = args.work / "candidate.gguf"
+        weighted = f"-{sha256([imatrix])[0][:16]}" if imatrix else ""
+        self._log = work / f"measured-{key}{weighted}.jsonl"
+        self._file = work / "candidate.gguf"
         self._known: dict[str, float] = {}
         if self._log.exists():
             for line in self._log.read_text("utf-8").splitlines(keepends=True):
@@ -165,7 +290,7 @@ class Meter:
                     self._known[json.dumps(entry["types"])] = entry["mean_kld"]
 
     def mean_kld(self, mix: Recipe) -> float:
-        """In nats."""
+        """In nats. Raises ConfigError where it is not finite, and whatever llama.cpp raises."""
         types = [list(pair) for pair in mix.types]
         key = json.dumps(types)
         if key not in self._known:
@@ -204,9 +329,11 @@ class Choice:
     nbytes: tuple[int, ...]
 
 
-def choices(meter: Meter, roles: Sequence[str], sizes: Sequence[Sizes]) -> list[list[Choice]]:
+def choices(
+    meter: Meter, roles: Sequence[str], sizes: Sequence[Sizes], say: Say
+) -> list[list[Choice]]:
     """Those of each role, measured one at a time."""
-    base = meter.mean_kld(recipe("base", BASE, roles, (BASE,) * len(roles)))
+    base = meter.mean_kld(recipe_of((BASE,) * len(roles), roles))
     found = []
     for number, role in enumerate(roles):
         options = []
@@ -214,7 +341,7 @@ def choices(meter: Meter, roles: Sequence[str], sizes: Sequence[Sizes]) -> list[
             if not all(s.can(role, kind) for s in sizes):
                 continue
             mix = tuple(kind if i == number else BASE for i in range(len(roles)))
-            kld = meter.mean_kld(recipe("one", BASE, roles, mix)) - base
+            kld = meter.mean_kld(recipe_of(mix, roles)) - base
             nbytes = tuple(s.of(role, kind) for s in sizes)
             options.append(Choice(kind, kld, nbytes))
             say(f"  {role:26} {kind:7} {kld:+.6f}  {nbytes[0] / 2**20:8.2f} MiB")
@@ -273,21 +400,26 @@ def predicted(mix: Mix, options: Sequence[Sequence[Choice]]) -> float:
     )
 
 
-def search(
+def best_measured(
     meter: Meter,
     roles: Sequence[str],
     options: Sequence[Sequence[Choice]],
     budgets: Sequence[int],
+    say: Say,
 ) -> tuple[Mix, float]:
-    """The best mix found within the budgets, and its mean KLD over the search's windows."""
+    """The best mix found within `budgets` (bytes of each checkpoint), and its mean KLD in nats.
+
+    Raises ConfigError where no mix is that small.
+    """
 
     def tried(mixes: Iterable[Mix], count: int) -> dict[Mix, float]:
         chosen = [mix for mix, _ in zip(mixes, range(count), strict=False)]
-        return {mix: meter.mean_kld(recipe("mix", BASE, roles, mix)) for mix in chosen}
+        return {mix: meter.mean_kld(recipe_of(mix, roles)) for mix in chosen}
 
     known = tried(best_mixes(options, budgets), TRIED)
     if not known:
-        raise ConfigError("no mix is that small")
+        limits = ", ".join(f"{budget:,}" for budget in budgets)
+        raise ConfigError(f"no mix of types is as small as asked for: {limits} bytes")
     while True:
         best = min(known, key=known.__getitem__)
         say(f"  {known[best]:.6f} ({predicted(best, options):.6f} predicted) {' '.join(best)}")
@@ -300,82 +432,11 @@ def search(
 # --- the result --------------------------------------------------------------------------------
 
 
-def toml(mix: Recipe, description: str) -> str:
-    width = max(len(pattern) for pattern, _ in mix.types) + 2
-    lines = [f'description = """\n{textwrap.fill(description, 98)}"""', f'level = "{mix.level}"']
-    lines += ["", "[types]"]
-    for pattern, kind in mix.types:
+def toml(recipe: Recipe) -> str:
+    """The file that `recipe` can be read from again."""
+    width = max(len(pattern) for pattern, _ in recipe.types) + 2
+    description = textwrap.fill(recipe.description, 98)
+    lines = [f'description = """\n{description}"""', f'level = "{recipe.level}"', "", "[types]"]
+    for pattern, kind in recipe.types:
         lines.append(f"'{pattern}'".ljust(width) + f' = "{kind}"')
     return "\n".join(lines) + "\n"
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def run(args: argparse.Namespace) -> None:
-    roles = roles_of(args.checkpoint)
-    checkpoints: list[Path] = [args.checkpoint, *args.also]
-    sizes = [Sizes(checkpoint, roles) for checkpoint in checkpoints]
-    meter = Meter(args)
-    say("What each type of each role adds to the mean KLD:")
-    options = choices(meter, roles, sizes)
-    found = []
-    for name, level in TARGETS.items():
-        # Names of types in the metadata differ in length: a kilobyte of room.
-        budgets = [s.level(level) - s.other - 1024 for s in sizes]
-        say(f"{name}: no larger than {level}")
-        mix, kld = search(meter, roles, options, budgets)
-        text = toml(
-            recipe(name, level, roles, mix),
-            f"No larger than {level}. Searched by scripts/search_recipes.py on "
-            f"{args.checkpoint.name}: mean KLD {kld:.2g} over the search's windows.",
-        )
-        path = (RECIPES if args.write else args.work) / f"{name}.toml"
-        path.write_text(text, "utf-8")
-        found.append(f"recipe:{name if args.write else path}")
-    if not args.judge:
-        return
-    say("Judging on windows the search has not seen")
-    levels = [*STOCK, *found]
-    if args.imatrix:
-        levels += [f"{level}+imatrix" for level in (*TARGETS.values(), *found)]
-    report = measure(
-        args.checkpoint,
-        levels=levels,
-        texts=args.text,
-        n_ctx=args.ctx,
-        n_windows=args.windows,
-        imatrix=args.imatrix,
-        command=shlex.join(["scripts/search_recipes.py", *sys.argv[1:]]),
-        say=say,
-    )
-    for path in write(report, args.work / "report"):
-        say(f"wrote {path}")
-    print_table(report)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--also", type=Path, action="append", default=[], metavar="CHECKPOINT")
-    parser.add_argument("--text", type=Path, action="append", default=[])
-    parser.add_argument("--ctx", type=int, default=512, help="tokens a window")
-    parser.add_argument("--windows", type=int, default=16, help="windows a text to judge by")
-    parser.add_argument("--imatrix", type=Path, help="search with this importance matrix")
-    parser.add_argument("--work", type=Path, required=True, help="folder for all that is measured")
-    parser.add_argument("--write", action="store_true", help=f"into {RECIPES.relative_to(REPO)}")
-    parser.add_argument("--no-judge", action="store_false", dest="judge")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except MegrezError as e:
-        say(f"search_recipes: {e}")
-        return e.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Show that the parity check can fail: sabotage a model in every way others have got it wrong.
 
-    scripts/sabotage.py                    # the pocket checkpoint
-    scripts/sabotage.py CKPT --text FILE
+    scripts/development/sabotage.py                    # the pocket checkpoint
+    scripts/development/sabotage.py CKPT --text FILE
 
 Each sabotaged file is judged against the unharmed checkpoint by the same code as `megrez-gguf
 parity --trace`. Prints a table; exits 1 if an unharmed file misses a threshold, a sabotage passes,
@@ -20,7 +20,7 @@ from megrez_gguf.errors import MegrezError
 from megrez_parity.results import LevelResult
 
 # The library is where the tests, which use it most, import it from.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from support.judging import UNHARMED, judge, named
 from support.paths import POCKET
 from support.sabotages import SABOTAGES, Sabotage

@@ -1,0 +1,237 @@
+"""Commands that run models over texts: imatrix, parity, search."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megrez_cli import console, options
+
+
+def imatrix(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
+    model: Annotated[Path | None, typer.Argument(help="GGUF file to run.")] = None,
+    text: Annotated[list[Path] | None, typer.Argument(help="UTF-8 texts to run it over.")] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--merge", help="Add this importance matrix; repeatable. Then TEXT may be left out."
+        ),
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(min=1, help="Chunks to take of each text.  [default: all]")
+    ] = None,
+    ctx: Annotated[int, typer.Option(min=1, help="Tokens in a chunk.")] = 512,
+    parse_special: Annotated[
+        bool, typer.Option("--parse-special", help="Treat special tokens in the texts as special.")
+    ] = False,
+    process_output: Annotated[
+        bool, typer.Option("--process-output", help="Include the output matrix.")
+    ] = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Collect an importance matrix, in llama-imatrix's format.
+
+    It tells `convert` and `quantize` which weights matter most. A pool of experts gathers from all
+    layers that share it. Experts that no token reached are named.
+
+    \b
+    Examples:
+      megrez-gguf imatrix megrez2-q8_0.gguf calibration.txt -o megrez2.imatrix.gguf
+      megrez-gguf imatrix --merge one.imatrix.gguf --merge two.imatrix.gguf -o both.imatrix.gguf
+    """
+    from megrez_runtime.calibration import calibrate
+
+    with console.progress("Collecting", "chunks") as progress:
+        result = calibrate(
+            model, text or (), out,
+            merge=merge or (), n_chunks=chunks, n_ctx=ctx, parse_special=parse_special,
+            process_output=process_output, force=force, progress=progress, say=console.say,
+        )  # fmt: skip
+    typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
+
+
+def parity(
+    checkpoint: options.Checkpoint,
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Levels to make, e.g. q8_0,q4_k_m+imatrix.  [default: the usual ones]"),
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option("--gguf", help="Judge this existing file; repeatable."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt beside it]"),
+    ] = None,
+    ctx: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows to take from the start of each text.")] = 4,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Find the first tensor that is wrong by itself.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Folder for report.html, .json and .md.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache", help="Folder that keeps the reference.  [default: the user's, from 1 GiB on]"
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", help="For +imatrix levels.  [default: made from the texts]"),
+    ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            "--thresholds", help="JSON with bounds of your own.  [default: the pocket checkpoint's]"
+        ),
+    ] = None,
+    revision: options.Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compare a checkpoint's GGUF levels with a torch reference.
+
+    Converts to each level, runs the patched llama.cpp on the CPU, and prints file size, NMSE of
+    logits, KL divergence, same-top-p, perplexity, and how often the same experts ran. Exits 1 when
+    a level misses its threshold. With --gguf and without --levels nothing is converted.
+
+    \b
+    Examples:
+      megrez-gguf parity tests/data/pocket --report pocket-report
+      megrez-gguf parity Megrez2-3x7B-A3B --levels q4_k_m,q4_0 --text novel.txt --windows 2
+      megrez-gguf parity Infinigence/Megrez2-3x7B-A3B --gguf theirs.gguf --text novel.txt --trace
+    """
+    from megrez_gguf.errors import ThresholdError
+    from megrez_parity.harness import measure
+    from megrez_parity.level_files import LEVELS
+    from megrez_parity.report import prepare, print_table, write
+
+    if report:
+        prepare(report)  # an hour of computing later would be late
+    result = measure(
+        checkpoint,
+        levels=levels.split(",") if levels is not None else () if gguf else LEVELS,
+        texts=text or (),
+        files=gguf or (),
+        n_ctx=ctx,
+        n_windows=windows,
+        trace=trace,
+        cache=cache,
+        imatrix=imatrix,
+        thresholds=thresholds,
+        revision=revision,
+        command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
+        say=console.say,
+    )
+    for path in write(result, report) if report else ():
+        console.say(f"wrote {path}")
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), ensure_ascii=False))
+    else:
+        print_table(result)
+    if result.misses:
+        raise ThresholdError("; ".join(result.misses))
+
+
+def search(
+    checkpoint: options.Checkpoint,
+    work: Annotated[
+        Path,
+        typer.Option(help="Folder for the recipes, the report and every measurement; resumes."),
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt at CKPT]"),
+    ] = None,
+    ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    windows: Annotated[
+        int, typer.Option(help="Windows a text to judge by, which the search does not see.")
+    ] = 16,
+    imatrix: options.Imatrix = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--also",
+            metavar="CHECKPOINT",
+            help="Be no larger than the level for this folder, too; repeatable. Needs no weights.",
+        ),
+    ] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge/--no-judge", help="Compare with stock levels at the end.")
+    ] = True,
+    revision: options.Revision = None,
+    as_json: options.Json = False,
+) -> None:
+    """Search for recipes that suit this checkpoint, no larger than q3_k_m, q4_k_m and q5_k_m.
+
+    Measures what each type costs each kind of tensor, then mixes of them, on the ends of the texts.
+    Judges what it found beside stock levels on their starts, as parity does. Takes hours at full
+    size; killed, it goes on where it was.
+
+    \b
+    Examples:
+      megrez-gguf search tests/data/pocket --work pocket-recipes
+      megrez-gguf search Megrez2-3x7B-A3B --text novel.txt --windows 2 --work recipes
+      megrez-gguf convert Megrez2-3x7B-A3B --recipe recipes/megrez-q4.toml
+    """
+    from megrez_parity import recipe_search
+    from megrez_parity.report import prepare, print_table, write
+
+    if judge:
+        prepare(work / "report")
+    found = recipe_search.search(
+        checkpoint,
+        work,
+        also=also or (),
+        texts=text or (),
+        n_ctx=ctx,
+        n_windows=windows,
+        imatrix=imatrix,
+        revision=revision,
+        say=console.say,
+    )
+    for one in found:
+        console.say(f"wrote {one.path}")
+    report = None
+    if judge:
+        report = recipe_search.judge(
+            checkpoint,
+            [one.path for one in found],
+            texts=text or (),
+            n_ctx=ctx,
+            n_windows=windows,
+            imatrix=imatrix,
+            revision=revision,
+            command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
+            say=console.say,
+        )
+        for path in write(report, work / "report"):
+            console.say(f"wrote {path}")
+    if as_json:
+        recipes = [
+            {
+                "path": str(one.path),
+                "level": one.recipe.level,
+                "types": dict(one.recipe.types),
+                "nbytes": one.nbytes,
+                "mean_kld": one.mean_kld,
+            }
+            for one in found
+        ]
+        summary = {"recipes": recipes, "report": report.as_dict() if report else None}
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+    elif report:
+        print_table(report)
+    else:
+        for one in found:
+            typer.echo(str(one.path))
