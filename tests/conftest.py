@@ -41,6 +41,7 @@ SLOW = (
     "test_series.py::test_the_amx_patch_mends_what_is_broken_without_it",
     "test_refusals.py::test_changed_keys",
     "test_refusals.py::test_damaged_headers",
+    "test_refusals.py::test_llama_cpp_survives_alone",
     "test_refusals.py::test_infinite_weights_do_not_crash",
 )
 

@@ -57,6 +57,7 @@ def bounds_file(folder: Path, levels: dict[str, dict[str, float]]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_level(
     checkpoint: Path,
     scratch: Path,

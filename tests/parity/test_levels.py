@@ -309,10 +309,16 @@ def made_by_llama_cpp(
 
 @pytest.mark.slow
 def test_the_levels_are_those_llama_cpp_can_make(
-    source: Path, tmp_path: Path, windows: list[NDArray[np.int32]]
+    shared: Shared, tmp_path: Path, windows: list[NDArray[np.int32]]
 ) -> None:
-    """All its file types, with and without an importance matrix: known, or refused, or the same."""
-    weights = collect(source, windows, n_ctx=CONTEXT).means
+    """All its file types, with and without an importance matrix: known, or refused, or the same.
+
+    Of a model with all kinds of tensors and few of each: there are seventy files to be made.
+    """
+    few = {"num_hidden_layers": 2, "n_routed_experts": 4, "n_shared_experts": 1}
+    few |= {"intermediate_size": 256, "vocab_size": 512}
+    source = shared.converted(shared.checkpoint(RANDOM | few))
+    weights = collect(source, [window % 500 for window in windows], n_ctx=CONTEXT).means
     prefix = "LLAMA_FTYPE_MOSTLY_"
     names = [name for name in vars(llama_cpp) if name.startswith(prefix)]
     assert len(names) > 30

@@ -22,6 +22,7 @@ from megrez_gguf.errors import CheckpointError, MegrezError, OutputError
 from megrez_parity import reference, reference_store
 from megrez_parity.reference import CheckpointWeights, forward
 from megrez_parity.reference_store import StoredReference, cache_key
+from support.marks import SLOW
 from support.odd_configs import BASE, random_case
 from support.paths import POCKET
 from support.random_checkpoint import SMALL, make_checkpoint
@@ -183,7 +184,14 @@ reference_store.StoredReference(config, checkpoint, windows, folder, "weights", 
 """
 
 
-@pytest.mark.parametrize(("stage", "half"), [("layer-00", ""), ("layer-03", "half"), ("head", "")])
+@pytest.mark.parametrize(
+    ("stage", "half"),
+    [
+        pytest.param("layer-00", "", marks=SLOW),
+        ("layer-03", "half"),
+        pytest.param("head", "", marks=SLOW),
+    ],
+)
 def test_a_killed_run_goes_on(
     stage: str, half: str, small: Path, tmp_path: Path, computed: list[str]
 ) -> None:

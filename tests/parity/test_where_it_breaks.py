@@ -25,6 +25,7 @@ from megrez_parity import routing, tracing
 from megrez_parity.audit import audit
 from megrez_parity.reference_store import StoredReference
 from megrez_parity.results import LayerRouting, TracePoint
+from support.marks import SLOW
 from support.paths import POCKET
 from support.shared import Shared
 from support.traces import LENGTH, VARIANTS, WINDOWS, model
@@ -159,9 +160,9 @@ def other_rope_base(raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     ("change", "first", "unfaithful"),
     [
         (exchange_routers, ("ffn_moe_logits", 3), {3, 5}),
-        (pre_gate_off, ("ffn_moe_logits", 1), {1, 2, 3, 4, 5, 6}),
-        (exchange_experts, ("ffn_moe_out", 4), set()),
-        (other_rope_base, ("kqv_out", 0), set()),
+        pytest.param(pre_gate_off, ("ffn_moe_logits", 1), {1, 2, 3, 4, 5, 6}, marks=SLOW),
+        pytest.param(exchange_experts, ("ffn_moe_out", 4), set(), marks=SLOW),
+        pytest.param(other_rope_base, ("kqv_out", 0), set(), marks=SLOW),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -67,7 +67,7 @@ WEIGHTED = [(level, True) for level in (*levels.EITHER, *levels.WEIGHTED)]
 # One of each family of encodings is for the loop, of the model whose rows fill the fewest blocks.
 FAMILIES = (
     *("f32", "bf16", "q8_0", "q4_0", "q6_k", "q4_k_m", "iq4_xs", "mxfp4_moe"),
-    *("q2_k+imatrix", "iq2_xs+imatrix"),
+    *("q2_k+imatrix", "iq4_nl+imatrix"),
 )
 CASES = [
     pytest.param(level, weighted, id=name, marks=[] if name in FAMILIES else SLOW)
