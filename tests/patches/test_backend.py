@@ -1,13 +1,17 @@
 """The PEP 517 hooks: refusals, the wheel cache, and the key it goes by."""
 
+import importlib.metadata
 import os
+import re
+import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 from megrez_llama_build import cache, source
 
-from .conftest import Mini, diff, insert
+from .conftest import REPO, Mini, diff, insert
 
 BUILD = (
     "import sys; from megrez_llama_build import backend; print(backend.build_wheel(sys.argv[1]))"
@@ -151,3 +155,118 @@ def test_user_flags_win_over_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert cache.cmake_define("GGML_CUDA", {}, made) == "ON"
     assert "CMAKE_CXX_COMPILER_LAUNCHER" not in made
     assert source.Pin.load().local_version in made["CMAKE_ARGS"]
+
+
+def test_what_shortens_the_build_is_found_and_counts_in_the_key(
+    mini: Mini, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from megrez_llama_build import backend
+
+    monkeypatch.setattr(backend, "_DEFAULTS", {"SOME": "/folder with spaces/x.cmake"})
+    made = backend._environment(tmp_path, {})
+    assert cache.cmake_define("SOME", {}, made) == "/folder with spaces/x.cmake"
+    monkeypatch.undo()
+    made = backend._environment(tmp_path, {})
+    include = cache.cmake_define("CMAKE_PROJECT_llama.cpp_INCLUDE", {}, made)
+    assert include is not None
+    assert Path(include).is_file()
+
+    code = (
+        "import os; from megrez_llama_build import cache; print(cache.ingredients({}, os.environ))"
+    )
+    before = mini.run("-c", code).stdout
+    assert "backend" in before
+    copy = mini.root / "bindings/llama-cpp-python/megrez_llama_build" / Path(include).name
+    copy.write_text(copy.read_text() + "# changed\n")
+    assert mini.run("-c", code).stdout != before
+
+
+def test_the_package_has_what_python_loads_and_no_more() -> None:
+    import llama_cpp.mtmd_cpp as mtmd
+
+    assert mtmd.mtmd_default_marker()  # upstream's multimodal side is complete
+    files = importlib.metadata.files("llama_cpp_python") or []
+    libraries = {path.name.partition(".")[0] for path in files if path.parent.name == "lib"}
+    assert {"libllama", "libmtmd", "libggml-cpu"} <= libraries
+    assert "libllama-common" not in libraries
+
+
+@pytest.mark.parametrize(("given", "verbose"), [("", "0"), ("1", "1")])
+def test_the_compilers_progress_is_not_buried_unless_asked(
+    given: str, verbose: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from megrez_llama_build import backend
+
+    monkeypatch.setenv("SKBUILD_CMAKE_VERBOSE", given)
+    assert backend._environment(tmp_path, {})["SKBUILD_CMAKE_VERBOSE"] == verbose
+
+
+BUILDS = """echo '[7/9] Building CXX object seven.o'
+sleep ${PAUSE:-0}
+mkdir -p .venv/wheels && touch .venv/wheels/some.whl
+"""
+FAILS = """echo '[7/9] Building CXX object seven.o'
+echo 'FAILED: seven.o'
+echo 'seven.cpp:3:9: error: expected a semicolon'
+exit 1
+"""
+
+
+class Setup:
+    """scripts/setup in an empty repository, with a pip of which only the wheel's part does much."""
+
+    def __init__(self, root: Path, wheel: str) -> None:
+        self.root = root
+        self.stamp = root / ".venv" / ".megrez-report"
+        for name in ("scripts", "patches", "bindings/llama-cpp-python", ".venv/bin"):
+            (root / name).mkdir(parents=True)
+        shutil.copy(REPO / "scripts" / "setup", root / "scripts")
+        for name in ("pyproject.toml", "scripts/constraints.txt", "patches/PIN"):
+            (root / name).touch()
+        python = root / ".venv/bin/python"
+        log = f'echo "$*" >> {root}/asked'
+        python.write_text(f'#!/bin/sh\n{log}\ncase "$*" in *" wheel "*)\n{wheel};; esac\n')
+        python.chmod(0o755)
+
+    def run(self, stderr: int, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["scripts/setup"],
+            cwd=self.root,
+            env={**os.environ, **env},
+            stderr=stderr,
+            text=True,
+        )
+
+
+def test_setup_shows_the_builds_progress_on_a_terminal(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, BUILDS)
+    ours, theirs = os.openpty()
+    done = setup.run(theirs, PAUSE="2")
+    assert done.wait(30) == 0
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert re.search(r"0:0\d  \[7/9\] Building CXX object seven", shown), shown
+    assert setup.stamp.is_file()
+    # An installed one of the same version, from other patches, must not stay.
+    removal, install = (tmp_path / "asked").read_text().splitlines()[-2:]
+    assert "uninstall --yes llama-cpp-python" in removal
+    assert "some.whl" in install
+
+
+@pytest.mark.slow
+def test_setup_shows_it_where_there_is_no_terminal(tmp_path: Path) -> None:
+    done = Setup(tmp_path, BUILDS).run(subprocess.PIPE, PAUSE="12")
+    shown = done.communicate(timeout=60)[1]
+    assert done.returncode == 0
+    assert len(re.findall(r"^ *0:1\d  \[7/9\] Building.*\n", shown, re.M)) == 1, shown
+
+
+def test_setup_shows_the_compilers_error_and_fails(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, FAILS)
+    done = setup.run(subprocess.PIPE)
+    shown = done.communicate(timeout=60)[1]
+    assert done.returncode == 1
+    assert "seven.cpp:3:9: error: expected a semicolon" in shown
+    assert ".venv/setup.log" in shown
+    assert not setup.stamp.exists()
