@@ -14,7 +14,7 @@ from support.mini import HEADER, LINES, REPO, UPSTREAM, Mini, diff, insert, make
 
 
 def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPO / "scripts" / name), *map(str, arguments)]
+    command = [sys.executable, str(REPO / "scripts/development" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
