@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import NORMAL, Vocabulary, read_vocabulary
 from megrez_gguf.errors import ConfigError, RuntimeUnavailableError, TokenizerError
+from megrez_gguf.text import read_text
 from megrez_parity.results import Text
 
 try:
@@ -105,7 +106,7 @@ def read_corpus(
     stems = Counter(path.stem for path in paths)
     corpus = Corpus([], [], [], [], [], vocabulary)
     for path in paths:
-        raw = _read(path)
+        raw = read_text(path)
         content = raw.decode("utf-8")
         ids = np.array(tokenizer.encode(content, add_special_tokens=False).ids, dtype=np.int32)
         if len(ids) < n_ctx:
@@ -153,12 +154,3 @@ def _default_texts(folder: Path) -> list[Path]:
         f"{folder}: no heldout/*.txt in it or next to it; name a text",
         option="texts",
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-        raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
-    return raw

@@ -22,7 +22,7 @@ from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization.imatrix import Imatrix, load
 from megrez_gguf.quantization.imatrix import merge as merged
 from megrez_gguf.storage.output import OutputFiles
-from megrez_gguf.text import Progress, Say, silent
+from megrez_gguf.text import Progress, Say, read_text, silent
 from megrez_llama import nodes
 from megrez_llama.engine import Engine
 from megrez_llama.ggml import Tensor, read
@@ -83,7 +83,8 @@ def calibrate(
             f"{len(texts)} texts, {len(merge)} matrices, {n_chunks} chunks of {n_ctx} tokens: "
             "expected at least 1 text or matrix, and 1 of the others"
         )
-    contents = [_read(path) for path in texts]
+    # Without one line break at the end, as llama.cpp's programs read texts.
+    contents = [read_text(path).removesuffix(b"\n") for path in texts]
     inputs = (*([model] if model else ()), *texts, *merge)
     # All that can be refused is, before an hour of computing.
     with OutputFiles([out], force=force, inputs=inputs) as file:
@@ -295,15 +296,6 @@ def _squares(
             sums[expert] += np.einsum("ij,ij->j", part, part)
         first += count
     return sums, counts
-
-
-def _read(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-        raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
-    return raw.removesuffix(b"\n")  # one, as llama.cpp's programs do
 
 
 def _describe_unseen(found: Imatrix) -> list[str]:

@@ -1,9 +1,12 @@
-"""Sizes, lists and values as people read and write them, and whom they are told to."""
+"""Texts, sizes, lists and values as people read and write them, and whom they are told to."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megrez_gguf.errors import ConfigError
 
 Say = Callable[[str], None]
 """Told what is being done, a line at a time."""
@@ -20,6 +23,16 @@ _UNITS = {
 
 def silent(line: str) -> None:
     """A `Say` that tells nobody."""
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a text, which are UTF-8. Raises ConfigError."""
+    try:
+        raw = path.read_bytes()
+        raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
+    return raw
 
 
 def parse_size(text: str) -> int:
