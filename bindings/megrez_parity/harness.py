@@ -23,6 +23,7 @@ from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import UNUSED, Vocabulary
 from megrez_gguf.conversion import layout, metadata
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError, RuntimeUnavailableError
+from megrez_gguf.format.model_check import open_checked
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.text import Say, silent
@@ -246,7 +247,7 @@ def _check_file(path: Path, config: ModelConfig, vocabulary: Vocabulary) -> None
     """Raise GGUFError unless the file is of this model: same shape, same vocabulary."""
     if not path.is_file():
         raise GGUFError(f"{path}: no such file")
-    values = GGUFFile.open_model(path).values
+    values = open_checked(path).values
     expected = metadata.architecture(config)
     for key in (f"{ARCH}.{name}" for name in _SHAPE):
         if key in values and values[key] != expected[key]:

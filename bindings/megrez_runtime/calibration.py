@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megrez_gguf.errors import ConfigError, GGUFError
+from megrez_gguf.format.model_check import open_checked
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization.imatrix import Imatrix, load
@@ -178,6 +179,8 @@ class _Collector(Engine):
     """Adds up the squares of what enters each matrix."""
 
     def __init__(self, path: Path, n_ctx: int, *, process_output: bool = False) -> None:
+        if path.is_file():
+            open_checked(path)
         super().__init__(path, n_ctx, n_threads=available_cpus())
         self._sums: dict[str, NDArray[np.float64]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}

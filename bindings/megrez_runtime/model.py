@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.format.model_check import check_model
+from megrez_gguf.format.model_check import open_checked
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus, available_memory, resident_memory
 from megrez_gguf.text import format_size, parse_size
@@ -62,9 +62,8 @@ def load(
     TypeError: an option `llama_cpp.Llama` does not have. ValueError: no size.
     """
     path = Path(path)
-    file = GGUFFile.open_model(path)
+    file = open_checked(path)
     values = file.values
-    check_model(values, file.tensors, path)
     trained = values.get(f"{ARCH}.context_length")
     if n_ctx is None:
         n_ctx = min(trained if type(trained) is int else DEFAULT_CONTEXT, DEFAULT_CONTEXT)

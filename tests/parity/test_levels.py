@@ -262,10 +262,26 @@ def test_types_do_not_depend_on_what_is_logged(source: Path) -> None:
 
 
 def test_a_failing_quantizer_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    bad = with_value(source, tmp_path / "bad.gguf", "megrez-moe.expert_used_count", 99)
+    bad = with_value(source, tmp_path / "bad.gguf", "megrez-moe.block_count", 0)
     with pytest.raises(OutputError, match=r"llama.cpp cannot quantize this model to q4_0: "):
         quantize(bad, tmp_path / "out.gguf", outtype="q4_0")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("expert_used_count", 99, "expert_used_count = 99, expected 1 to expert_count = 16"),
+        ("expert_group_count", 3, "do not divide expert_count = 16"),
+        ("experts_shared_frequency", 2, "experts_shared_frequency = 2 puts expert pools"),
+    ],
+)
+def test_contradictions_are_not_quantized(
+    source: Path, tmp_path: Path, key: str, value: int, message: str
+) -> None:
+    bad = with_value(source, tmp_path / "bad.gguf", f"megrez-moe.{key}", value)
+    with pytest.raises(GGUFError, match=message):
+        quantize(bad, tmp_path / "out.gguf", outtype="q4_0")
 
 
 def with_value(source: Path, target: Path, key: str, value: int) -> Path:

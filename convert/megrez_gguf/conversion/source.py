@@ -11,7 +11,8 @@ from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import read_vocabulary
 from megrez_gguf.conversion import layout, metadata
 from megrez_gguf.conversion.stream import Item
-from megrez_gguf.format.reader import SPLIT, GGUFFile
+from megrez_gguf.format.model_check import check_counts, open_checked
+from megrez_gguf.format.reader import SPLIT
 from megrez_gguf.format.writer import KeyValues
 from megrez_gguf.quantization.encode import encoding
 from megrez_gguf.storage.tensor import Shard
@@ -74,9 +75,10 @@ def from_checkpoint(checkpoint: Checkpoint) -> StoredModel:
 def from_gguf(path: Path, drop: frozenset[str]) -> StoredModel:
     """The model in a GGUF file, its keys as they are but for those that tell of the file: `drop`.
 
-    Raises GGUFError.
+    Raises GGUFError as `open_checked` and `check_counts` do.
     """
-    file = GGUFFile.open_model(path)
+    file = open_checked(path)
+    check_counts(file.values, path)
     dropped = {*SPLIT, *drop, "general.alignment"}
     return StoredModel(
         name=str(file.values.get("general.name") or path.stem),

@@ -8,9 +8,11 @@ another, and tensors that the model has no use for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import GGUFError
+from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.storage.tensor import Tensor
 from megrez_llama import ARCH
 
@@ -24,10 +26,43 @@ _POOL = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _ONCE = ("token_embd", "output_norm", "output")
 
 
+def open_checked(path: Path) -> GGUFFile:
+    """The Megrez2 model in the file `path`, fit to be given to llama.cpp. Raises GGUFError."""
+    file = GGUFFile.open_model(path)
+    check_model(file.values, file.tensors, path)
+    return file
+
+
 def check_model(values: Mapping[str, Any], tensors: Sequence[Tensor], source: object) -> None:
     """Raises GGUFError with the first fault in the header of the file `source`."""
     for fault in _faults(values, tensors):
         raise GGUFError(f"{source}: {fault}")
+
+
+def check_counts(values: Mapping[str, Any], source: object) -> None:
+    """Raises GGUFError for counts of experts that contradict one another.
+
+    llama.cpp refuses them when it loads a file. This is for files that it does not load: those that
+    are quantized.
+    """
+    experts, used, groups, groups_used = (
+        _number(values, key, default)
+        for key, default in (
+            ("expert_count", 0),
+            ("expert_used_count", 0),
+            ("expert_group_count", 1),
+            ("expert_group_used_count", 1),
+        )
+    )
+    if not 0 < used <= experts:
+        raise GGUFError(
+            f"{source}: expert_used_count = {used}, expected 1 to expert_count = {experts}"
+        )
+    if groups > 1 and (groups >= experts or experts % groups or not 0 < groups_used <= groups):
+        raise GGUFError(
+            f"{source}: expert_group_used_count = {groups_used} of expert_group_count = {groups} "
+            f"groups do not divide expert_count = {experts}"
+        )
 
 
 def layers_with(part: str, tensors: Iterable[Tensor], layers: int) -> list[int]:
@@ -44,9 +79,7 @@ def _faults(values: Mapping[str, Any], tensors: Sequence[Tensor]) -> Iterator[st
     """What is wrong. Each check rests on those before: only the first fault is to be trusted."""
 
     def number(key: str, default: int) -> int:
-        value = values.get(f"{ARCH}.{key}")
-        value = value[0] if isinstance(value, list) and value else value
-        return value if type(value) is int else default
+        return _number(values, key, default)
 
     blocks = number("block_count", 0)
     if not 0 < blocks <= MAX_LAYERS:
@@ -164,6 +197,13 @@ def _faults(values: Mapping[str, Any], tensors: Sequence[Tensor]) -> Iterator[st
                 f"tensor '{t.name}' is not expected in this model",
             ),
         )
+
+
+def _number(values: Mapping[str, Any], key: str, default: int) -> int:
+    """A count, of the first layer where there is one a layer; else `default`."""
+    value = values.get(f"{ARCH}.{key}")
+    value = value[0] if isinstance(value, list) and value else value
+    return value if type(value) is int else default
 
 
 def _failing(*checks: tuple[object, str]) -> Iterator[str]:
