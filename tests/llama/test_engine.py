@@ -117,7 +117,7 @@ def test_nodes_are_the_reference(pocket: Path, tokens: NDArray[np.int32]) -> Non
         # Without shared experts the routed ones' sum is the FFN's output.
         ({"n_shared_experts": 0}, {"ffn_moe_out", "ffn_shexp"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_nodes_of_other_configurations(
     changes: dict[str, Any], absent: set[str], tmp_path: Path, tokens: NDArray[np.int32]

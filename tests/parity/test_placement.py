@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -79,6 +80,11 @@ def pocket() -> ParityReport:
     return dataclasses.replace(one, levels=levels)
 
 
+@cache
+def drawn_pocket() -> tuple[list[Any], list[tuple[int, list[Point], list[Any]]]]:
+    return drawn(pocket())
+
+
 def drawn(report: ParityReport) -> tuple[list[Any], list[tuple[int, list[Point], list[Any]]]]:
     """Names of the labels; of each width, where the points are, and what the page is told."""
     layout = frontier(report, styles(report.levels)).to_dict()["layout"]
@@ -101,7 +107,7 @@ def drawn(report: ParityReport) -> tuple[list[Any], list[tuple[int, list[Point],
 
 
 def test_labels_of_the_report_keep_apart_at_any_width() -> None:
-    names, plots = drawn(pocket())
+    names, plots = drawn_pocket()
     assert sorted(names) == sorted(POCKET)
     named = {}
     for width, points, places in plots:
@@ -114,7 +120,7 @@ def test_labels_of_the_report_keep_apart_at_any_width() -> None:
 
 
 def test_the_check_can_fail() -> None:
-    _, plots = drawn(pocket())
+    _, plots = drawn_pocket()
     width, points, places = plots[-1]
     # As labels lay before: each to the right of its point.
     right = [Place(RADIUS + 2 + p.width / 2, 0, False) for p in points]

@@ -100,8 +100,9 @@ def git(tree: Path, *arguments: str) -> str:
 
 def fix(tree: Path, patch: str) -> None:
     """Put all edits into the commit of `patch`."""
-    notes = [line.split() for line in git(tree, "notes", "list").splitlines()]
-    commit = next(c for note, c in notes if git(tree, "show", note).strip() == patch)
+    # Commits that earlier edits have replaced keep their notes, and are no longer to be amended.
+    commits = git(tree, "rev-list", "upstream..HEAD").split()
+    commit = next(c for c in commits if git(tree, "notes", "show", c).strip() == patch)
     git(tree, "add", "-A")
     git(tree, "commit", "-qm", f"fixup! {commit}")
     git(tree, "rebase", "-q", "-i", "--autosquash", "upstream")
