@@ -106,6 +106,7 @@ def drawn(report: ParityReport) -> tuple[list[Any], list[tuple[int, list[Point],
     return names, plots
 
 
+@pytest.mark.slow
 def test_labels_of_the_report_keep_apart_at_any_width() -> None:
     names, plots = drawn_pocket()
     assert sorted(names) == sorted(POCKET)
@@ -119,6 +120,7 @@ def test_labels_of_the_report_keep_apart_at_any_width() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_check_can_fail() -> None:
     _, plots = drawn_pocket()
     width, points, places = plots[-1]

@@ -14,7 +14,7 @@ from megrez_llama.nodes import TRACED
 from megrez_parity.reference import block, head, rotary
 from megrez_parity.results import Trace
 from megrez_parity.tracing import trace
-from support.traces import GROUPS, VARIANTS, WINDOWS, Nodes, candidate, computed, model, noisy
+from support.traces import GROUPS, SOME_IN_LOOP, WINDOWS, Nodes, candidate, computed, model, noisy
 
 TIGHT = dict.fromkeys(TRACED, 1e-11)
 LAYER = "model.layers.{}."
@@ -31,7 +31,7 @@ def traced(
     return trace(config, folder, WINDOWS, nodes, dict.fromkeys(others, TIGHT))
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", SOME_IN_LOOP, ids=str)
 def test_the_same_model_errs_nowhere(changes: dict[str, Any], tmp_path: Path) -> None:
     config, folder, weights = model(changes, tmp_path)
     found = traced(config, folder, {"same": weights})["same"]
@@ -49,7 +49,7 @@ def test_the_same_model_errs_nowhere(changes: dict[str, Any], tmp_path: Path) ->
     assert names == [*expected, ("result_norm", -1), ("result_output", -1)]
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", SOME_IN_LOOP, ids=str)
 def test_errors_by_hand(changes: dict[str, Any], tmp_path: Path) -> None:
     config, folder, weights = model(changes, tmp_path)
     other = noisy(weights, 0.1)

@@ -28,7 +28,7 @@ from megrez_parity.results import LayerRouting, TracePoint
 from support.marks import SLOW
 from support.paths import POCKET
 from support.shared import Shared
-from support.traces import LENGTH, VARIANTS, WINDOWS, model
+from support.traces import LENGTH, SOME_IN_LOOP, WINDOWS, model
 
 CONTEXT = 256
 CONFIG = ModelConfig.from_folder(POCKET)
@@ -115,7 +115,7 @@ def test_quantizing_turns_ties_round(
     assert beyond.name == "embd"
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("changes", SOME_IN_LOOP, ids=str)
 def test_other_configurations(changes: dict[str, Any], tmp_path: Path) -> None:
     config, checkpoint, _ = model(changes, tmp_path)
     convert(checkpoint, tmp_path / "f32.gguf", outtype="f32")

@@ -322,6 +322,7 @@ def test_speculative_decoding_says_the_same(pocket: Path) -> None:
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_bench_prints_speeds_or_json(pocket: Path) -> None:
     size = ("--prompt", "32", "--tokens", "8", "--warmup", "2", "--repeats", "2")
     text = command("bench", pocket, *size)

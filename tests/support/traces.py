@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_parity.reference import CheckpointWeights, forward
+from support.marks import loop_takes
 from support.random_checkpoint import SMALL, make_checkpoint
 
 Weights = Mapping[str, Tensor]
@@ -37,6 +38,10 @@ VARIANTS: list[dict[str, Any]] = [
     GROUPS | {"pre_gate": False, "scoring_func": "softmax", "topk_method": "greedy"},
     {"n_group": 2, "topk_group": 2},
 ]
+# What differs most, for the loop.
+SOME_IN_LOOP = loop_takes(
+    [{}, {"pre_gate": False}, {"first_k_dense_replace": 0}, GROUPS].__contains__, VARIANTS
+)
 LENGTH = 48
 WINDOWS = [
     torch.randint(0, 300, (LENGTH,), generator=torch.Generator().manual_seed(i)).int().numpy()

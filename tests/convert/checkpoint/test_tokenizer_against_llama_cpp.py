@@ -181,6 +181,7 @@ def test_upstream_inputs(megrez: Pair, upstream_inputs: list[str]) -> None:
         same(megrez, text)
 
 
+@pytest.mark.slow
 def test_pocket_and_made_up_tokenizers(tmp_path: Path, upstream_inputs: list[str]) -> None:
     """The tokenizers this repository ships, as they are."""
     make_checkpoint(MODEL, tmp_path / "made")
