@@ -104,11 +104,6 @@ class Checkpoint:
         """`open` what `source` names, fetched first if it is a repository: see `hub.resolve`."""
         return cls.open(hub.resolve(source, announced_shards, revision=revision, say=say))
 
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError if any shard changed since the checkpoint was opened."""
-        for shard in self.shards:
-            shard.check_unchanged()
-
 
 # --- the index ---------------------------------------------------------------------------------
 

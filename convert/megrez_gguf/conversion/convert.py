@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 from megrez_gguf.checkpoint.shards import Checkpoint
-from megrez_gguf.conversion.metadata import HASHES
 from megrez_gguf.conversion.plan import Conversion, ConvertResult, plan, wanted
 from megrez_gguf.conversion.source import from_checkpoint, from_gguf
 from megrez_gguf.quantization.imatrix import Imatrix
@@ -125,7 +124,7 @@ def plan_quantize(
 ) -> Conversion:
     """All of `quantize` but reading and writing the weights. Raises as it does."""
     mix = wanted(outtype, recipe)
-    model = from_gguf(Path(source), drop=frozenset({HASHES}))
+    model = from_gguf(Path(source))
     return plan(
         model,
         out,

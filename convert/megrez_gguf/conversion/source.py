@@ -72,14 +72,14 @@ def from_checkpoint(checkpoint: Checkpoint) -> StoredModel:
     )
 
 
-def from_gguf(path: Path, drop: frozenset[str]) -> StoredModel:
-    """The model in a GGUF file, its keys as they are but for those that tell of the file: `drop`.
+def from_gguf(path: Path) -> StoredModel:
+    """The model in a GGUF file, its keys as they are but for those that tell of the file.
 
     Raises GGUFError as `open_checked` and `check_counts` do.
     """
     file = open_checked(path)
     check_counts(file.values, path)
-    dropped = {*SPLIT, *drop, "general.alignment"}
+    dropped = {*SPLIT, metadata.HASHES, "general.alignment"}
     return StoredModel(
         name=str(file.values.get("general.name") or path.stem),
         tensors=tuple(Item(t.name, t.shape, (t,), encoding(t.dtype)) for t in file.tensors),
