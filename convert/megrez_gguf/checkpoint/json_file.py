@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import MegrezError
+from megrez_gguf.storage.opening import opened
 
 
 def read_object(path: Path, error: type[MegrezError]) -> dict[str, Any] | None:
     """The JSON object in a file, None without the file; raises `error` for anything else."""
-    try:
-        raw = load_json(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, RecursionError) as e:
-        raise error(f"{path}: cannot be read as JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise error(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    with opened(path, error) as (file, _):
+        try:
+            raw = load_json(file.read())
+        except (ValueError, RecursionError) as e:
+            raise error(f"{path}: cannot be read as JSON: {e}") from None
+        if not isinstance(raw, dict):
+            raise error(f"{path}: expected a JSON object, found {type(raw).__name__}")
+        return raw
 
 
 def load_json(text: bytes | str) -> Any:

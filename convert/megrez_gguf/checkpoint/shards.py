@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from megrez_gguf.checkpoint.documents import INDEX, Documents
 from megrez_gguf.checkpoint.json_file import load_json
 from megrez_gguf.checkpoint.location import Location
 from megrez_gguf.errors import CheckpointError
+from megrez_gguf.storage.opening import opened
 from megrez_gguf.storage.tensor import Shard, Tensor
 from megrez_gguf.text import Say, clip, few, silent
 
@@ -224,15 +224,8 @@ def read_header(path: Path) -> tuple[Shard, list[Tensor]]:
     Raises CheckpointError: not a regular file, truncated, a header that is too long, not JSON, has
     duplicate keys, or whose tensors overlap, leave gaps, or do not fill the file exactly.
     """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path}: not a regular file")
-            shard = Shard(path, status.st_size, status.st_mtime_ns, status.st_ino)
-            raw, begin = _read_header_json(file, shard)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from None
+    with opened(path, CheckpointError) as (file, shard):
+        raw, begin = _read_header_json(file, shard)
     tensors = [
         _parse_entry(shard, name, entry, begin)
         for name, entry in raw.items()

@@ -7,9 +7,7 @@ comes first.
 from __future__ import annotations
 
 import math
-import os
 import re
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from megrez_gguf.errors import GGUFError
+from megrez_gguf.storage.opening import opened
 from megrez_gguf.storage.tensor import Shard, Tensor
 from megrez_llama import ARCH
 
@@ -131,15 +130,8 @@ class GGUFFile:
 
     @classmethod
     def _open_one(cls, path: Path) -> GGUFFile:
-        try:
-            with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise GGUFError(f"{path}: not a regular file")
-                shard = Shard(path, status.st_size, status.st_mtime_ns, status.st_ino)
-                return _Reader(file, shard).read()
-        except OSError as e:
-            raise GGUFError(f"{path}: cannot be read: {e.strerror or e}") from None
+        with opened(path, GGUFError) as (file, shard):
+            return _Reader(file, shard).read()
 
 
 def part_path(prefix: Path, number: int, count: int) -> Path:

@@ -165,8 +165,8 @@ def head(tensors: int, values: int, *parts: bytes, version: int = 3) -> bytes:
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not a GGUF file"),
-    "other magic": (b"PK\3\4" + bytes(60), "not a GGUF file"),
+    "empty": (b"", "empty: the download"),
+    "other magic": (b"PKZ" + bytes(60), "not a GGUF file"),
     "magic only": (b"GGUF", "the version: 4 bytes announced, 0 left"),
     "big endian": (b"GGUF\0\0\0\3" + bytes(16), "GGUF version 50331648 is not supported"),
     "version 1": (head(0, 0, version=1), "GGUF version 1 is not supported"),
