@@ -1,10 +1,17 @@
-"""Files that appear whole or not at all, even when the process is killed."""
+"""Files that appear whole or not at all, even when the process is killed.
+
+What a file system must do is keep bytes, and give a file its name. All else is a nicety, which
+networks, FUSE, FAT and overlays refuse in their own ways: locks, links, permissions, syncing,
+telling how much room there is, going past the system's cache. Without one, the file is written all
+the same; and an error that tells that bytes were lost is never taken for such a refusal.
+"""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -22,6 +29,15 @@ if sys.platform != "win32":  # which has no such locks: leftovers stay where the
 _PREFIX, _SUFFIX = ".megrez-gguf-", ".part"
 # Bytes written at once.
 _BUFFER = 16 << 20
+# How often a temporary file may vanish as soon as it was made.
+_TRIES = 100
+# How file systems say that they have no such function; every other error of it is one.
+_UNSUPPORTED = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM,
+    errno.EACCES,
+}  # fmt: skip
+# How a file is kept from being renamed because it is open.
+_IN_USE = {errno.EBUSY, errno.EACCES, errno.EPERM, errno.ETXTBSY}
 
 
 class OutputFiles:
@@ -30,7 +46,7 @@ class OutputFiles:
     A context manager: leaving it normally gives the files their names, the first one last, since a
     split model is loaded by it; leaving it by an exception removes them. What a killed process has
     left is removed by the next one that writes to the folder. `inputs` are files that must not be
-    replaced.
+    replaced. Where a path is a symbolic link, what it leads to is written, and the link stays.
 
     Raises OutputError: a file exists and `force` is not given, the folder is missing or cannot be
     written, the disk is full.
@@ -39,12 +55,11 @@ class OutputFiles:
     def __init__(
         self, paths: Sequence[Path], *, force: bool = False, inputs: Sequence[Path] = ()
     ) -> None:
-        self._paths, self._force = paths, force
-        for path in paths:
-            _check(path, force, inputs)
+        self._paths = [_checked(path, force, inputs) for path in paths]
+        self._force = force
         self._temporary: list[Path] = []
         self._descriptors: list[int] = []
-        self._direct: list[int] = []  # the same files, or -1
+        self._direct = [-1] * len(paths)  # the same files, where that can be
         self._current = -1
         self._position = self._used = 0
         self._buffers = [mmap.mmap(-1, _BUFFER), mmap.mmap(-1, _BUFFER)]
@@ -56,39 +71,46 @@ class OutputFiles:
 
         Raises OutputError.
         """
-        folder = self._paths[0].parent
-        _remove_leftovers(folder)
-        free = shutil.disk_usage(folder).free
-        if nbytes > free:
+        for folder in {path.parent for path in self._paths}:
+            _remove_leftovers(folder)
+        free = 0
+        with suppress(OSError):
+            free = shutil.disk_usage(self._paths[0].parent).free
+        # Who cannot tell says 0, and a disk that is full will refuse the first bytes.
+        if 0 < free < nbytes:
             raise OutputError(
                 f"{self._paths[0]}: needs {nbytes} bytes and the disk has {free} left"
             )
 
     def __enter__(self) -> OutputFiles:
-        for path in self._paths:
+        for index, path in enumerate(self._paths):
             try:
                 self._create(path)
             except OSError as e:
                 self._remove()
                 raise OutputError(f"{path}: cannot be written: {e.strerror}") from None
-            self._direct.append(_open_direct(self._temporary[-1]))
+            self._direct[index] = _open_direct(self._temporary[-1])
         return self
 
     def _create(self, path: Path) -> None:
-        while True:
+        for _ in range(_TRIES):
             descriptor, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=path.parent)
             self._descriptors.append(descriptor)
             self._temporary.append(Path(name))
             if sys.platform == "win32":
                 return
             # "In use", to `_remove_leftovers`; which removes nothing where there are no locks.
-            with suppress(OSError):
+            try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:
+            except OSError:
+                return
+            # Asked by name: not every file system counts the names of a file.
+            if os.path.lexists(name):
                 return
             # Another process took it for a leftover before it was locked.
             os.close(self._descriptors.pop())
             self._temporary.pop()
+        raise OSError(errno.EBUSY, "its temporary file is removed again and again")
 
     def start(self, index: int) -> None:
         """Go on with the file `index`."""
@@ -134,9 +156,14 @@ class OutputFiles:
         with memoryview(buffer)[:used] as gathered:
             while done < used:
                 count = self._write_direct(index, gathered[done:], position + done)
-                if not count:
-                    count = os.pwrite(self._descriptors[index], gathered[done:], position + done)
-                done += count
+                done += count or self._pwrite(index, gathered[done:], position + done)
+
+    def _pwrite(self, index: int, data: memoryview | bytes, position: int) -> int:
+        """Write some of `data`; returns how many bytes, 1 at least."""
+        count = os.pwrite(self._descriptors[index], data, position)
+        if not count:
+            raise OSError(errno.EIO, "nothing more is taken")
+        return count
 
     def _write_direct(self, index: int, data: memoryview, position: int) -> int:
         """Write whole pages past the system's cache; returns how many bytes, 0 if it cannot."""
@@ -153,7 +180,7 @@ class OutputFiles:
         try:
             done = 0
             while done < len(head):
-                done += os.pwrite(self._descriptors[index], head[done:], done)
+                done += self._pwrite(index, head[done:], done)
         except OSError as e:
             raise self._failed(e) from None
 
@@ -172,15 +199,16 @@ class OutputFiles:
         umask = os.umask(0)
         os.umask(umask)
         for descriptor, temporary in zip(self._descriptors, self._temporary, strict=True):
-            os.fsync(descriptor)
-            temporary.chmod(0o666 & ~umask)
+            _sync(descriptor)
+            with suppress(OSError):
+                temporary.chmod(0o666 & ~umask)
         placed: list[Path] = []
         replacing = self._force and len(self._paths) > 1
         if replacing:  # what loads the old parts, so that they are never loaded with new ones
             self._paths[0].unlink(missing_ok=True)
         try:
-            for temporary, path in reversed([*zip(self._temporary, self._paths, strict=True)]):
-                _place(temporary, path, self._force)
+            for index, path in reversed([*enumerate(self._paths)]):
+                self._give_name(index, path)
                 placed.append(path)
         except BaseException:
             for path in placed if replacing or not self._force else ():
@@ -194,22 +222,54 @@ class OutputFiles:
                 finally:
                     os.close(folder)
 
-    def _remove(self) -> None:
-        self._writer.shutdown()
-        for descriptor in (*self._descriptors, *(d for d in self._direct if d >= 0)):
+    def _give_name(self, index: int, path: Path) -> None:
+        try:
+            _place(self._temporary[index], path, self._force)
+        except OSError as e:
+            if e.errno not in _IN_USE:
+                raise
+            # Only now: while it is open, it is locked.
+            self._close(index)
+            _place(self._temporary[index], path, self._force)
+
+    def _close(self, index: int) -> None:
+        for descriptors in (self._descriptors, self._direct):
+            descriptor, descriptors[index] = descriptors[index], -1
             # What is kept has been synced; a full network disk repeats its error here.
             with suppress(OSError):
-                os.close(descriptor)
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def _remove(self) -> None:
+        self._writer.shutdown()
+        for index in range(len(self._descriptors)):
+            self._close(index)
         for temporary in self._temporary:
             with suppress(OSError):
                 temporary.unlink()
-        self._descriptors, self._direct, self._temporary = [], [], []
+        self._descriptors, self._temporary = [], []
 
     def _failed(self, error: OSError) -> OutputError:
         path = self._paths[max(self._current, 0)]
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return OutputError(f"{path}: the disk is full; nothing was left behind")
+        if error.errno == errno.EFBIG:
+            return OutputError(
+                f"{path}: larger than a file may be on this file system or for this user; "
+                "split it, or write to another disk; nothing was left behind"
+            )
         return OutputError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _sync(descriptor: int) -> None:
+    """See that all is on disk, as far as the file system lets itself be asked. Raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in _UNSUPPORTED:
+            raise
+        # Closing is when such a file system tells what it could not write.
+        os.close(os.dup(descriptor))
 
 
 def _open_direct(path: Path) -> int:
@@ -219,20 +279,63 @@ def _open_direct(path: Path) -> int:
     return -1
 
 
-def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:
+def _checked(path: Path, force: bool, inputs: Sequence[Path]) -> Path:
+    """The file to write for `path`, which is another one where `path` is a symbolic link."""
+    try:
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        _check(path, target, force, inputs)
+    except OSError as e:
+        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
+    return target
+
+
+def _check(path: Path, target: Path, force: bool, inputs: Sequence[Path]) -> None:
+    link = f"{path}: is a symbolic link, " if path.is_symlink() else ""
     # os.path, because pathlib raises for names the system cannot have.
-    if not os.path.isdir(path.parent):  # noqa: PTH112
-        raise OutputError(f"{path}: the folder {path.parent} does not exist")
-    if os.path.isdir(path):  # noqa: PTH112
+    if not os.path.isdir(target.parent):  # noqa: PTH112
+        raise OutputError(f"{link or f'{path}: '}the folder {target.parent} does not exist")
+    if os.path.isdir(target):  # noqa: PTH112
         raise OutputError(f"{path}: is a folder; give the name of a file")
     if not os.path.lexists(path):
         return
+    if target.is_symlink():
+        raise OutputError(f"{link}and leads back to itself; remove it")
     if not force:
         raise OutputError(f"{path}: exists", option="force")
-    if path.exists() and not path.is_file():
+    if not target.exists():
+        return
+    if not target.is_file():
         raise OutputError(f"{path}: is not a regular file")
-    if path.exists() and any(path.samefile(source) for source in inputs):
+    if _is_mount(target):
+        raise OutputError(
+            f"{path}: is a mount of its own, and no other file can take its place; "
+            "mount its folder, or choose another output"
+        )
+    if any(_is_same(target, source) for source in inputs):
         raise OutputError(f"{path}: is part of the input; choose another output")
+
+
+def _is_mount(file: Path) -> bool:
+    """Whether `file` is mounted over another, as containers do with a single file.
+
+    `os.path.ismount` takes every file of some overlays for one.
+    """
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    points = (
+        re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), m.split()[4]) for m in mounts
+    )
+    return os.fsencode(os.path.realpath(file)) in points
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether both are one file, also where the file system does not number its files."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    a, b = one.stat(), other.stat()
+    return bool(a.st_ino) and os.path.samestat(a, b)
 
 
 def _place(temporary: Path, path: Path, force: bool) -> None:
@@ -242,10 +345,9 @@ def _place(temporary: Path, path: Path, force: bool) -> None:
     try:
         # Unlike a rename, a link never replaces a file that appeared in the meantime.
         os.link(temporary, path)
-    except FileExistsError:
-        raise OutputError(f"{path}: exists", option="force") from None
     except OSError:
-        if path.exists():
+        # Over a network, a link may be made and its answer lost: then it is there, and ours.
+        if os.path.lexists(path) and not _is_same(temporary, path):
             raise OutputError(f"{path}: exists", option="force") from None
         temporary.replace(path)
 

@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,86 +25,13 @@ from megrez_gguf.errors import CheckpointError, OutputError
 from megrez_gguf.quantization import encode
 from megrez_gguf.storage import open_shards, output
 from support.checkpoints import Entry, Make, merge, read_all, shards
+from support.disturbed import Calls, Replace, do_at, fail_at, fail_from, plain, short
 
 # The weights are copied as they are; or encoded here; or by ggml.
 LEVELS = ["bf16", "f32", "q4_0"]
 # One dense layer and one that is not: everything a conversion does, in few calls.
 FIELDS = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
 SPLIT = 20_000
-
-Replace = Callable[..., Any]
-
-
-class Calls:
-    """Functions of `os`, as one module sees them, that fail or do something else on one call."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
-        self.count = 0
-        self._lock = threading.Lock()
-
-    def replace(self, module: ModuleType, replacements: dict[str, Replace]) -> None:
-        """`replacements[name](number of the call, the real function, *its arguments)`.
-
-        Calls are counted from 1, over all of the functions. Those the system lacks are left out.
-        """
-        self.count = 0
-        fakes = {n: self._fake(n, f) for n, f in replacements.items() if hasattr(os, n)}
-        self._monkeypatch.setattr(module, "os", SimpleNamespace(**{**vars(os), **fakes}))
-
-    def _fake(self, name: str, replacement: Replace) -> Replace:
-        real = getattr(os, name)
-
-        def fake(*args: Any, **options: Any) -> Any:
-            with self._lock:  # no later call overtakes an earlier one
-                self.count += 1
-                return replacement(self.count, real, *args, **options)
-
-        return fake
-
-    def also(self, module: object, name: str, value: object) -> None:
-        self._monkeypatch.setattr(module, name, value)
-
-    def restore(self) -> None:
-        self._monkeypatch.undo()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(monkeypatch)
-
-
-def plain(number: int, real: Replace, *args: Any) -> Any:
-    return real(*args)
-
-
-def fail_from(first: int, code: int) -> Replace:
-    """Fail on that call and on all that follow, as a full disk does."""
-
-    def replacement(number: int, real: Replace, *args: Any) -> Any:
-        if number >= first:
-            raise OSError(code, os.strerror(code))
-        return real(*args)
-
-    return replacement
-
-
-def fail_at(at: int, error: BaseException) -> Replace:
-    def replacement(number: int, real: Replace, *args: Any) -> Any:
-        if number == at:
-            raise error
-        return real(*args)
-
-    return replacement
-
-
-def do_at(at: int, action: Callable[[], object]) -> Replace:
-    def replacement(number: int, real: Replace, *args: Any) -> Any:
-        if number == at:
-            action()
-        return real(*args)
-
-    return replacement
 
 
 class Place:
@@ -470,15 +397,6 @@ def test_a_thread_that_raises_while_hashing(place: Place, monkeypatch: pytest.Mo
 
 
 # --- past the system's cache, or not -----------------------------------------------------------
-
-
-def short(limit: int) -> Replace:
-    """A read or write that does less than it was asked to: at most `limit` bytes."""
-
-    def replacement(number: int, real: Replace, file: int, data: Any, *rest: int) -> Any:
-        return real(file, [data[0][:limit]] if isinstance(data, list) else data[:limit], *rest)
-
-    return replacement
 
 
 @pytest.fixture
