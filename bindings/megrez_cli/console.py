@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # What to type where an error names the keyword argument that would help.
 _HINTS = {
+    "allow_zeros": "; if the model is meant to have zeros there, --allow-zeros",
     "clamp": "; use --outtype bf16 or f32, or --clamp to limit them (`megrez-gguf inspect` counts "
     "them in all tensors)",
     "force": "; use --force to replace it",

@@ -31,6 +31,7 @@ def convert(
             "--clamp", help="Clip weights that the type cannot hold, which is refused otherwise."
         ),
     ] = False,
+    allow_zeros: options.AllowZeros = False,
     revision: options.Revision = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -69,6 +70,7 @@ def convert(
             outtype=outtype,
             force=force,
             clamp=clamp,
+            allow_zeros=allow_zeros,
             progress=progress,
             imatrix=imatrix,
             recipe=recipe,
@@ -86,6 +88,7 @@ def quantize(
         str, typer.Argument(help="Level, e.g. q4_k_m; leave it out with --recipe.")
     ] = "auto",
     force: options.Force = False,
+    allow_zeros: options.AllowZeros = False,
     imatrix: options.Imatrix = None,
     recipe: options.Recipe = None,
     split_max_size: options.Split = None,
@@ -118,6 +121,7 @@ def quantize(
             out,
             outtype=level,
             force=force,
+            allow_zeros=allow_zeros,
             progress=progress,
             imatrix=imatrix,
             recipe=recipe,

@@ -26,6 +26,13 @@ def _ram(text: str) -> int | str:
 
 Checkpoint = Annotated[str, typer.Argument(help=CHECKPOINT_HELP)]
 Model = Annotated[Path, typer.Argument(help="GGUF file.")]
+AllowZeros = Annotated[
+    bool,
+    typer.Option(
+        "--allow-zeros",
+        help="Accept long runs of zeros, which a part of a file has that was never written.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Imatrix = Annotated[
     Path | None,

@@ -24,6 +24,7 @@ def convert(
     outtype: str = "auto",
     force: bool = False,
     clamp: bool = False,
+    allow_zeros: bool = False,
     progress: Progress | None = None,
     imatrix: str | os.PathLike[str] | Imatrix | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
@@ -40,8 +41,9 @@ def convert(
     TOML file, has its own level. Norms, routers and biases are always F32. Levels that quantize
     need the patched llama-cpp-python, and give what its llama-quantize gives; `imatrix` is the file
     of an importance matrix. `force` replaces an existing file. Weights beyond a float type's range
-    are refused, or limited to it with `clamp`. With `split_max_size` (bytes) the output is split
-    between tensors into OUT-00001-of-0000N.gguf.
+    are refused, or limited to it with `clamp`. Long runs of zeros, which parts of a file have that
+    were never written, are refused unless `allow_zeros` says that they are meant. With
+    `split_max_size` (bytes) the output is split between tensors into OUT-00001-of-0000N.gguf.
 
     Raises MegrezError: ConfigError, CheckpointError, TokenizerError, OutputError, or
     RuntimeUnavailableError, each naming the file and tensor. Whatever happens, nothing incomplete
@@ -57,7 +59,13 @@ def convert(
         revision=revision,
         say=say,
     )
-    return conversion.run(force=force, clamp=clamp, n_threads=n_threads, progress=progress)
+    return conversion.run(
+        force=force,
+        clamp=clamp,
+        allow_zeros=allow_zeros,
+        n_threads=n_threads,
+        progress=progress,
+    )
 
 
 def quantize(
@@ -66,6 +74,7 @@ def quantize(
     *,
     outtype: str = "auto",
     force: bool = False,
+    allow_zeros: bool = False,
     progress: Progress | None = None,
     imatrix: str | os.PathLike[str] | Imatrix | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
@@ -85,7 +94,9 @@ def quantize(
         recipe=recipe,
         split_max_size=split_max_size,
     )
-    return conversion.run(force=force, n_threads=n_threads, progress=progress)
+    return conversion.run(
+        force=force, allow_zeros=allow_zeros, n_threads=n_threads, progress=progress
+    )
 
 
 def plan_convert(

@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megrez_gguf.conversion.stream import PIECE, Importance, Item, stream
-from megrez_gguf.quantization.encode import Array
+from megrez_gguf.conversion.stream import PIECE, Importance, Item, Nowhere, stream
 
 # What is read to measure with, at most.
 _SAMPLE_BYTES = 64 << 20
@@ -31,7 +30,7 @@ def seconds(items: Sequence[Item], importance: Importance) -> float:
         sample = _rows(largest, 4 * PIECE if target != stored else _SAMPLE_BYTES)
         taken = sum(t.size for t in sample.sources)
         begin = time.perf_counter()
-        stream([sample], _Nowhere(), importance=importance)
+        stream([sample], Nowhere(), importance=importance, allow_zeros=True)
         total += (time.perf_counter() - begin) * max(size / taken, 1)
     return total
 
@@ -45,14 +44,6 @@ def _rows(item: Item, elements: int) -> Item:
         part = replace(
             first, shape=(rows, columns), nbytes=first.nbytes // first.size * rows * columns
         )
-        return replace(item, shape=(rows, columns), sources=(part,))
+        return replace(item, shape=(rows, columns), sources=(part,), sha256=None)
     count = max(elements // first.size, 1)
     return replace(item, sources=item.sources[:count])
-
-
-class _Nowhere:
-    """Takes what is encoded and drops it."""
-
-    def begin(self, item: Item) -> None: ...
-    def write(self, data: Array) -> None: ...
-    def end(self, item: Item) -> None: ...

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megrez_gguf.conversion.metadata import HASHES, RECIPE
 from megrez_gguf.conversion.source import StoredModel
@@ -123,6 +124,7 @@ class Conversion:
         *,
         force: bool = False,
         clamp: bool = False,
+        allow_zeros: bool = False,
         n_threads: int | None = None,
         progress: Progress | None = None,
     ) -> ConvertResult:
@@ -134,17 +136,16 @@ class Conversion:
             heads = self.headers()
             files.reserve(self.nbytes)
             sink = _Writer(files, {p[0].name: (n, heads[n]) for n, p in enumerate(self.parts)})
-            done = stream(
-                self.items,
-                sink,
-                importance=self.importance,
-                clamp=clamp,
-                n_threads=n_threads,
-                progress=progress,
-            )
+            options: dict[str, Any] = {
+                "importance": self.importance,
+                "clamp": clamp,
+                "allow_zeros": allow_zeros,
+                "n_threads": n_threads,
+            }
+            done = stream(self.items, sink, progress=progress, **options)
             for number, head in enumerate(self.headers(done.sha256)):
                 files.rewrite(number, head)
-            self.source.check_unchanged()
+            self.source.check_unchanged(self.items, done, **options)
             self.source.check_consumed(done.consumed)
         return ConvertResult(
             path=self.paths[0],
@@ -271,6 +272,11 @@ def _lost(done: Outcome) -> Iterator[str]:
         yield f"{done.loss.flushed} weights are too small for F16 and became zero"
     if done.loss.overflow:
         yield f"{done.loss.overflow} weights were beyond the range of the type and were limited"
+    if done.zeros:
+        yield (
+            f"{len(done.zeros)} tensors have long runs of zeros, as parts of a file do that were "
+            f"never written: {few(done.zeros)}"
+        )
 
 
 def _split_values(number: int, count: int, tensors: int) -> KeyValues:

@@ -2,7 +2,7 @@
 
     worker threads   read a piece, check that it is finite, encode it
     calling thread   hand the pieces to the sink, in order
-    hashing thread   SHA-256 of each tensor as it is written
+    hashing thread   SHA-256 of each tensor as it is written, and as it was read where it is known
 
 Tensors that keep their type take the same way, in larger pieces: to copy them inside the kernel and
 to read them once more for their check and hash was slower than to go past the system's cache, when
@@ -28,7 +28,9 @@ from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization import encode
 from megrez_gguf.quantization.encode import Array, Encoding, Loss
 from megrez_gguf.storage.open_shards import OpenShards
+from megrez_gguf.storage.opening import AGAIN
 from megrez_gguf.storage.tensor import RAW_DTYPE, Tensor
+from megrez_gguf.storage.zeros import Run, joined, least, unwritten, zero_runs
 from megrez_gguf.text import Progress
 
 # Elements encoded at once: some megabytes, so that memory stays small and cores share the work.
@@ -40,8 +42,16 @@ _COPY = 8 << 20
 # Pieces written and not yet hashed, at most.
 _UNHASHED = 4
 
-# What a piece became, and what was lost.
-_Worked = tuple[Array, Loss]
+
+@dataclass(frozen=True, slots=True)
+class _Worked:
+    """A piece as it was read, where that is hashed; its zeros; what it became; what was lost."""
+
+    raw: Array | None
+    zeros: Sequence[Run]
+    data: Array
+    loss: Loss
+
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
 """By tensor name, the importance of columns `[matrices, columns]`."""
@@ -51,13 +61,17 @@ Importance = Mapping[str, npt.NDArray[np.float32]]
 class Item:
     """One tensor to be written: the stack of `sources` along its first axis, as `encoding`.
 
-    `shape` is in numpy's order. A source holds one matrix `[rows, columns]` or several.
+    `shape` is in numpy's order. A source holds one matrix `[rows, columns]` or several. `sha256` is
+    what the bytes of the sources must have, where that is known. Rows of a source from `known_rows`
+    on may be zero; see `zeros.unwritten`.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[Tensor, ...]
     encoding: Encoding
+    sha256: str | None = None
+    known_rows: int | None = None
 
     @property
     def size(self) -> int:
@@ -83,6 +97,14 @@ class Sink(Protocol):
     def end(self, item: Item) -> None: ...
 
 
+class Nowhere:
+    """A `Sink` that drops what it takes."""
+
+    def begin(self, item: Item) -> None: ...
+    def write(self, data: Array) -> None: ...
+    def end(self, item: Item) -> None: ...
+
+
 @dataclass(slots=True)
 class Outcome:
     """What `stream` has done: the hash of each item's bytes as written, and what was lost."""
@@ -90,6 +112,8 @@ class Outcome:
     sha256: list[str] = field(default_factory=list)
     loss: Loss = field(default_factory=Loss)
     consumed: list[str] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
+    """Tensors whose long runs of zeros were allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +167,21 @@ def stream(
     *,
     importance: Importance | None = None,
     clamp: bool = False,
+    allow_zeros: bool = False,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Encode `items` into `sink`, in order.
 
-    Values beyond a float type's range are limited to it with `clamp`, and refused without.
+    Values beyond a float type's range are limited to it with `clamp`, and refused without. Long
+    runs of zeros, which a part of a file has that was never written, are refused without
+    `allow_zeros`, unless `Item.sha256` tells that they are meant.
     Raises CheckpointError, naming shard and tensor: values that are not finite or beyond the range
-    of their type, a file that cannot be read or ends early; and what `sink` raises.
+    of their type, bytes that have another hash than `Item.sha256`, a file that cannot be read or
+    ends early; and what `sink` raises.
     """
     with OpenShards() as files:
-        return _Stream(files, sink, importance or {}, clamp, progress).run(
+        return _Stream(files, sink, importance or {}, clamp, allow_zeros, progress).run(
             items, n_threads or available_cpus()
         )
 
@@ -165,17 +193,19 @@ class _Stream:
         sink: Sink,
         importance: Importance,
         clamp: bool,
+        allow_zeros: bool,
         progress: Progress | None,
     ) -> None:
         self.files, self.sink, self.importance = files, sink, importance
-        self.clamp, self.progress = clamp, progress
+        self.clamp, self.allow_zeros, self.progress = clamp, allow_zeros, progress
+        self.zeros: list[Run] = []  # of the source that is being worked on
         self.outcome = Outcome()
         self.local = threading.local()
         self.done = self.total = 0
         self.item_loss = Loss()
         self.hasher = ThreadPoolExecutor(1)
         self.hashing: deque[Future[None]] = deque()
-        self.digest = hashlib.sha256()
+        self.read_digest, self.digest = hashlib.sha256(), hashlib.sha256()
 
     def run(self, items: Sequence[Item], threads: int) -> Outcome:
         self.total = sum(t.nbytes for item in items for t in item.sources)
@@ -200,9 +230,18 @@ class _Stream:
 
     def work(self, piece: _Piece) -> _Worked:
         if not piece.rows:
-            return self.read(piece, np.empty(piece.nbytes, np.uint8)), Loss()
-        raw = self.read(piece, self.buffer()[: piece.nbytes])
-        return self.encode(piece, raw.view(RAW_DTYPE[piece.source.dtype]))
+            raw = self.read(piece, np.empty(piece.nbytes, np.uint8))
+            return _Worked(raw, self.find_zeros(piece, raw), raw, Loss())
+        hashed = piece.item.sha256 is not None
+        buffer = np.empty(piece.nbytes, np.uint8) if hashed else self.buffer()[: piece.nbytes]
+        raw = self.read(piece, buffer)
+        data, loss = self.encode(piece, raw.view(RAW_DTYPE[piece.source.dtype]))
+        return _Worked(raw if hashed else None, self.find_zeros(piece, raw), data, loss)
+
+    @staticmethod
+    def find_zeros(piece: _Piece, raw: npt.NDArray[np.uint8]) -> Sequence[Run]:
+        source = piece.source
+        return zero_runs(raw, least(source)) if source.dtype in RAW_DTYPE else ()
 
     def buffer(self) -> npt.NDArray[np.uint8]:
         """A buffer of this thread's, kept for its next pieces."""
@@ -254,22 +293,38 @@ class _Stream:
     # --- in the calling thread
 
     def finish(self, piece: _Piece, work: Future[_Worked]) -> None:
-        data, loss = work.result()
+        done = work.result()
+        self.zeros = joined(self.zeros, done.zeros, piece.offset)
         if piece.first:
             self.sink.begin(piece.item)
             self.item_loss = Loss()
-        self.sink.write(data)
-        self.hashing.append(self.hasher.submit(self.hash, piece, data))
+        self.sink.write(done.data)
+        self.hashing.append(self.hasher.submit(self.hash, piece, done.raw, done.data))
         if len(self.hashing) > _UNHASHED:
             self.hashing.popleft().result()
-        self.item_loss += loss
+        self.item_loss += done.loss
         if piece.ends_source:
+            self.check_zeros(piece.item, piece.source)
             self.outcome.consumed.append(piece.source.name)
         if piece.last:
             self.end(piece.item)
         self.done += piece.nbytes
         if self.progress:
             self.progress(self.done, self.total)
+
+    def check_zeros(self, item: Item, source: Tensor) -> None:
+        run, self.zeros = unwritten(source, self.zeros, item.known_rows), []
+        if run is None or item.sha256:
+            return
+        if self.allow_zeros:
+            self.outcome.zeros.append(source.name)
+            return
+        raise CheckpointError(
+            f"{source.shard.path}: tensor {source.name}: {run[1] - run[0]} of its {source.nbytes} "
+            f"bytes, from byte {source.begin + run[0]} of the file on, are zero: that part was "
+            f"never written, or has been lost; {AGAIN}",
+            option="allow_zeros",
+        )
 
     def end(self, item: Item) -> None:
         if self.item_loss.overflow and not self.clamp:
@@ -284,8 +339,20 @@ class _Stream:
 
     # --- in the hashing thread
 
-    def hash(self, piece: _Piece, data: Array) -> None:
+    def hash(self, piece: _Piece, raw: Array | None, data: Array) -> None:
         self.digest.update(data.reshape(-1).view(np.uint8).data)
-        if piece.last:
-            self.outcome.sha256.append(self.digest.hexdigest())
-            self.digest = hashlib.sha256()
+        if raw is not None and raw is not data:
+            self.read_digest.update(raw.data)
+        if not piece.last:
+            return
+        written = self.digest.hexdigest()
+        self.outcome.sha256.append(written)
+        found = written if raw is data else self.read_digest.hexdigest()
+        if piece.item.sha256 not in (None, found):
+            source = piece.source
+            raise CheckpointError(
+                f"{source.shard.path}: tensor {source.name}: its bytes are not those whose hash "
+                "the file records: damaged since it was written; copy or convert it again "
+                "(`megrez-gguf verify` checks all of its tensors)"
+            )
+        self.read_digest, self.digest = hashlib.sha256(), hashlib.sha256()

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion import metadata
+from megrez_gguf.conversion.record import recorded
 from megrez_gguf.conversion.source import from_checkpoint
 from megrez_gguf.conversion.stream import Importance, Item, stream
-from megrez_gguf.errors import ConfigError, GGUFError
+from megrez_gguf.errors import ConfigError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.format.writer import KeyValues
 from megrez_gguf.machine import available_cpus
@@ -68,8 +70,8 @@ def verify(
     """
     path = Path(path)
     file = GGUFFile.open(path)
-    recorded, stale = _recorded(file)
-    if not recorded and checkpoint is None:
+    hashes, stale = recorded(file)
+    if not hashes and checkpoint is None:
         raise ConfigError(f"{path}: has no hashes of its own; give the checkpoint to compare with")
     if checkpoint is None and revision is not None:
         raise ConfigError(f"revision {revision!r}: of which repository? give the checkpoint, too")
@@ -82,51 +84,34 @@ def verify(
             f"{stale} recorded hashes are of other types than the tensors have: another program "
             "wrote this file from the one that was hashed; they were left out"
         )
-    failures = [*_check_hashes(file, recorded, progress if origin is None else None)]
+    failures = [*_check_hashes(file, hashes, progress if origin is None else None)]
     compared = 0
     if origin is not None:
         damaged = {failure.split(":", 1)[0] for failure in failures}
-        sound = recorded.keys() - damaged
+        sound = hashes.keys() - damaged
         source = from_checkpoint(origin)
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]
         importance = _importance(file, imatrix, items)
         with _Comparison(file, sound) as sink:
-            stream(items, sink, importance=importance, clamp=True, progress=progress)
-        source.check_unchanged()
+            # What the file has of either kind is told by comparing.
+            options: dict[str, Any] = {
+                "importance": importance, "clamp": True, "allow_zeros": True
+            }  # fmt: skip
+            done = stream(items, sink, progress=progress, **options)
+        source.check_unchanged(items, done, **options)
         failures += sink.failures
         compared = len(items)
     return Verification(
-        path, len(file.tensors), len(recorded), compared, tuple(failures), tuple(notes)
+        path, len(file.tensors), len(hashes), compared, tuple(failures), tuple(notes)
     )
 
 
-def _recorded(file: GGUFFile) -> tuple[dict[str, str], int]:
-    """Recorded hashes by tensor; and how many are of another type than the tensor has."""
-    record = file.values.get(metadata.HASHES, [])
-    found: dict[str, tuple[str, str]] = {}
-    for line in record if isinstance(record, list) else [record]:
-        fields = line.split(" ") if isinstance(line, str) else []
-        if len(fields) != 3 or fields[0] in found:
-            raise GGUFError(
-                f"{file.shards[0].path}: key {metadata.HASHES!r}: damaged at {line!r:.80}"
-            )
-        found[fields[0]] = (fields[1], fields[2])
-    tensors = {t.name: t for t in file.tensors}
-    if found and found.keys() != tensors.keys():
-        odd = min(found.keys() ^ tensors.keys())
-        raise GGUFError(
-            f"{file.shards[0].path}: key {metadata.HASHES!r} and the tensors disagree about {odd}"
-        )
-    fresh = {n: digest for n, (kind, digest) in found.items() if tensors[n].dtype == kind}
-    return fresh, len(found) - len(fresh)
-
-
 def _check_hashes(
-    file: GGUFFile, recorded: dict[str, str], progress: Progress | None
+    file: GGUFFile, hashes: dict[str, str], progress: Progress | None
 ) -> Iterator[str]:
-    tensors = [t for t in file.tensors if t.name in recorded]
+    tensors = [t for t in file.tensors if t.name in hashes]
     total, done = sum(t.nbytes for t in tensors), 0
     with OpenShards() as shards, ThreadPoolExecutor(available_cpus()) as pool:
 
@@ -143,7 +128,7 @@ def _check_hashes(
             done += tensor.nbytes
             if progress:
                 progress(done, total)
-            if found != recorded[tensor.name]:
+            if found != hashes[tensor.name]:
                 yield f"{tensor.name}: its bytes are not those that were written: damaged since"
 
 

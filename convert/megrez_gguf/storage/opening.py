@@ -14,7 +14,7 @@ from megrez_llama.errors import MegrezError
 
 _HEAD = 4096
 
-_AGAIN = "download it again (`hf download OWNER/NAME`, or `git lfs pull` in a clone)"
+AGAIN = "download it again (`hf download OWNER/NAME`, or `git lfs pull` in a clone)"
 # How the first bytes of what is often found in place of a file begin, what it is, what to do.
 _MISTAKEN: tuple[tuple[tuple[bytes, ...], str], ...] = (
     (
@@ -29,12 +29,12 @@ _MISTAKEN: tuple[tuple[tuple[bytes, ...], str], ...] = (
     (
         (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--"),
         "a web page, not the file: the address was that of a page, or a login was asked for; "
-        + _AGAIN,
+        + AGAIN,
     ),
     (
         (b"entry not found", b"repository not found", b"invalid username or password",
          b"access to model ", b"invalid credentials", b"unauthorized", b"404: not found"),
-        "a server's refusal, saved in place of the file; log in (`hf auth login`), and " + _AGAIN,
+        "a server's refusal, saved in place of the file; log in (`hf auth login`), and " + AGAIN,
     ),
     ((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zxz\0", b"bzh", b"7z\xbc\xaf\x27\x1c"),
      "a compressed file; unpack it first"),
@@ -61,7 +61,7 @@ def opened(path: Path, error: type[MegrezError]) -> Iterator[tuple[BinaryIO, Sha
             head = file.read(_HEAD)
             file.seek(0)
             try:
-                yield file, Shard(path, status.st_size, status.st_mtime_ns, status.st_ino)
+                yield file, Shard.of(path, status)
             except error:
                 # Only now: sound files may begin so too.
                 if what := mistaken(head):
@@ -74,8 +74,8 @@ def opened(path: Path, error: type[MegrezError]) -> Iterator[tuple[BinaryIO, Sha
 def mistaken(head: bytes) -> str | None:
     """What a file that begins with `head` is, in place of a model's; None where nothing tells."""
     if not head:
-        return f"empty: the download or the copy did not get that far; {_AGAIN}"
+        return f"empty: the download or the copy did not get that far; {AGAIN}"
     if len(head) >= 64 and not any(head):
-        return f"begins with zeros: space was set aside for a download that never came; {_AGAIN}"
+        return f"begins with zeros: space was set aside for a download that never came; {AGAIN}"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
     return next((what for starts, what in _MISTAKEN if start.startswith(starts)), None)
