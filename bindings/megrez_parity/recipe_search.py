@@ -31,6 +31,7 @@ from megrez_gguf.conversion.convert import convert, plan_convert
 from megrez_gguf.conversion.plan import Conversion
 from megrez_gguf.errors import ConfigError, OutputError
 from megrez_gguf.quantization.recipe import Recipe
+from megrez_gguf.storage.output import OutputFiles
 from megrez_gguf.text import Say, silent
 from megrez_llama.engine import Engine
 from megrez_parity.harness import measure
@@ -130,9 +131,9 @@ def search(
             f"mean KLD {kld:.2g} over the search's windows.",
         )  # fmt: skip
         path = work / f"{recipe_name}.toml"
-        draft = path.with_suffix(".tmp")
-        draft.write_text(toml(recipe), "utf-8")
-        draft.replace(path)
+        with OutputFiles([path], force=True) as file:
+            file.start(0)
+            file.write(toml(recipe).encode())
         found.append(Found(recipe, path, target, sizes[0].whole(mix), kld))
     return found
 

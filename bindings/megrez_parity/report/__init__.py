@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import OutputError, RuntimeUnavailableError
+from megrez_gguf.storage.output import OutputFiles
 from megrez_parity.report.table import print_table
 from megrez_parity.results import ParityReport
 
@@ -31,12 +30,13 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OutputError(f"{folder}: the report's folder cannot be made: {e.strerror}") from None
-    _commit(folder / ".writable", b"")
+    with OutputFiles([folder / ".writable"], force=True):
+        pass
     (folder / ".writable").unlink()
 
 
 def write(report: ParityReport, folder: Path) -> list[Path]:
-    """Write report.html, report.json and report.md into `folder`, each whole or not at all.
+    """Write report.html, report.json and report.md into `folder`, whole or not at all.
 
     The folder is created, files of those names in it are replaced. Raises as `prepare`.
     """
@@ -49,10 +49,13 @@ def write(report: ParityReport, folder: Path) -> list[Path]:
         "report.json": json.dumps(report.as_dict(), ensure_ascii=False, allow_nan=False, indent=1),
         "report.md": markdown(report),
     }
-    for name, text in contents.items():
-        # Paths need not be UTF-8: what stands for their odd bytes is an escape in JSON, too.
-        _commit(folder / name, text.encode("utf-8", "backslashreplace"))
-    return [folder / name for name in contents]
+    paths = [folder / name for name in contents]
+    with OutputFiles(paths, force=True) as files:
+        for number, text in enumerate(contents.values()):
+            files.start(number)
+            # Paths need not be UTF-8: what stands for their odd bytes is an escape in JSON, too.
+            files.write(text.encode("utf-8", "backslashreplace"))
+    return paths
 
 
 def schema() -> dict[str, Any]:
@@ -60,14 +63,3 @@ def schema() -> dict[str, Any]:
     text = resources.files(__name__).joinpath("report.schema.json").read_text("utf-8")
     parsed: dict[str, Any] = json.loads(text)
     return parsed
-
-
-def _commit(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as e:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OutputError(f"{path}: cannot be written: {e.strerror}") from None
