@@ -121,9 +121,9 @@ class Maker:
         self._say(f"{level}: converting")
         if base.startswith(PREFIX):
             mix = recipe.load(base.removeprefix(PREFIX))
-            done = convert(self._checkpoint, path, imatrix=weights, recipe=mix)
+            done = convert(self._checkpoint, path, imatrix=weights, recipe=mix, allow_zeros=True)
         else:
-            done = convert(self._checkpoint, path, outtype=base, imatrix=weights)
+            done = convert(self._checkpoint, path, outtype=base, imatrix=weights, allow_zeros=True)
         return [replace(f, wanted=_ggml(f.wanted), got=_ggml(f.got)) for f in done.fallbacks]
 
     def _weights(self) -> Imatrix:
@@ -132,7 +132,7 @@ class Maker:
             self._say(f"importance matrix: {len(windows)} windows in llama.cpp")
             source = self._folder / "source.gguf"
             try:
-                convert(self._checkpoint, source)
+                convert(self._checkpoint, source, allow_zeros=True)
                 self._imatrix = collect(source, windows, n_ctx=max(map(len, windows)))
             finally:
                 source.unlink(missing_ok=True)

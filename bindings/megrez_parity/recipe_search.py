@@ -303,7 +303,14 @@ class Meter:
     def _measure(self, mix: Recipe) -> float:
         comparison = Comparison()
         try:
-            convert(self._checkpoint, self._file, force=True, imatrix=self._imatrix, recipe=mix)
+            convert(
+                self._checkpoint,
+                self._file,
+                force=True,
+                imatrix=self._imatrix,
+                recipe=mix,
+                allow_zeros=True,
+            )
             with Engine(self._file, len(self._windows[0].tokens)) as engine:
                 for i, window in enumerate(self._windows):
                     half = len(window.tokens) // 2

@@ -357,13 +357,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(OutputError, match=f"{re.escape(str(folder))}.*cannot be"):
             write(ODD["one"], folder)
 
-    def full(path: Path, data: bytes) -> int:
-        path.open("wb").close()
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OutputError, match="cannot be written: No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="the disk is full"):
         prepare(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -429,12 +429,19 @@ def test_interrupted(checkpoint: Path, tmp_path: Path, number: int, code: int) -
 def test_input_that_changes_meanwhile(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def touch(*args: Any) -> bytes:
-        os.utime(shards(checkpoint)[0], (1, 1))
+    def spoil(*args: Any) -> bytes:
+        path = shards(checkpoint)[0]
+        if not done:  # as by a download that goes on
+            done.append(path)
+            with path.open("r+b") as file:
+                file.seek(-2, os.SEEK_END)
+                file.write(b"\x80\x3f" if file.read(2) != b"\x80\x3f" else b"\0\x3f")
         return original(*args)
 
+    done: list[Path] = []
+
     original: Callable[..., bytes] = getattr(plans, "header")  # noqa: B009, of the module's own
-    monkeypatch.setattr(plans, "header", touch)
+    monkeypatch.setattr(plans, "header", spoil)
     with pytest.raises(CheckpointError, match=r"model-00001-of-.*: changed while it was read"):
         megrez_gguf.convert(checkpoint, tmp_path / "x.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
