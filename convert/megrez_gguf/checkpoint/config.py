@@ -1,22 +1,28 @@
 """`config.json` of a Megrez2 checkpoint as a frozen, validated dataclass.
 
-Every hyper-parameter is read with its type, and is either required or has a default written here.
-A field that would change the mathematics in a way this project does not implement is refused; a
-field nobody here has heard of is reported in `ModelConfig.unknown_fields`, never silently dropped.
+Every hyper-parameter is read with its type, and is either required or has a default written here:
+by `settings`, which knows where it may stand and how it may be spelt. Of the fields that are left,
+`known_fields` says which would change the mathematics; those are refused. A field nobody here has
+heard of is reported in `ModelConfig.remarks`, never silently dropped.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from megrez_gguf.checkpoint.documents import CONFIG, Documents
+from megrez_gguf.checkpoint.documents import ADAPTER, CONFIG, Documents
+from megrez_gguf.checkpoint.known_fields import review
+from megrez_gguf.checkpoint.rope import RopeScaling, read_rope
+from megrez_gguf.checkpoint.settings import Settings
 from megrez_gguf.errors import ConfigError
+from megrez_gguf.format.model_check import MAX_LAYERS
+from megrez_gguf.text import clip
 
+MODEL_TYPE = "megrez_moe"
+_MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 ARCHITECTURE = "MegrezMoeForCausalLM"
 
 # Architectures a user may plausibly hand us, and who converts them instead.
@@ -27,68 +33,17 @@ FOREIGN_ARCHITECTURES = {
     ),
 }
 
-# Fields that do not touch the forward pass at inference.
-_INERT_FIELDS = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "aux_loss_alpha",
-    "attention_dropout",
-    "attn_implementation",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "ep_size",
-    "hidden_dropout",
-    "initializer_range",
-    "is_decoder",
-    "max_window_layers",
-    "model_type",
-    "moe_router_bias_update_speed",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "pretraining_tp",
-    "return_dict",
-    "router_aux_loss_coef",
-    "seq_aux",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-}
-
-# Fields that change the maths; only the listed values are what the architecture implements.
-_FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, 1.0, None),
-    "rope_interleave": (False, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "use_qk_norm": (False, None),
-    "qk_layernorm": (False, None),
-    "quantization_config": (None,),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """Context extension of the rotary embedding.
-
-    `linear` divides every position by `factor`. `yarn` is arXiv 2309.00071 as `transformers` has
-    it: interpolation by `factor` of the slow dimensions only, and cos/sin times `attention_factor`.
-    """
-
-    kind: Literal["linear", "yarn"]
-    factor: float
-    original_context_length: int
-    attention_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+# What training libraries wrap a model in; its own name is then its `model_type`.
+_WRAPPERS = frozenset(
+    {
+        "AutoModelForCausalLMWithValueHead",
+        "LoraModel",
+        "OptimizedModule",
+        "PeftModel",
+        "PeftModelForCausalLM",
+        f"FSDP{ARCHITECTURE}",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +78,8 @@ class ModelConfig:
     attention_bias: bool
     tie_word_embeddings: bool
     num_nextn_predict_layers: int = 0
-    dtype: str | None = None
-    unknown_fields: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def remarks(self) -> list[str]:
-        """What the user should know of fields that were not understood."""
-        names = ", ".join(self.unknown_fields)
-        return [f"config.json has fields nobody here knows: {names}"] if names else []
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What the user should know of fields that were not understood, or have no effect."""
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -168,7 +117,11 @@ class ModelConfig:
     @classmethod
     def of(cls, documents: Documents) -> ModelConfig:
         """The configuration that `documents` hold. Raises ConfigError as `from_dict` does."""
-        return cls.from_dict(documents.config, source=str(documents.folder / CONFIG))
+        config = cls.from_dict(documents.config, source=str(documents.folder / CONFIG))
+        if documents.has_adapter:
+            remark = f"{ADAPTER} tells of a PEFT adapter beside the model, which is left out"
+            return replace(config, remarks=(*config.remarks, remark))
+        return config
 
     @classmethod
     def from_dict(cls, raw: Any, source: str = "config.json") -> ModelConfig:
@@ -179,16 +132,14 @@ class ModelConfig:
         """
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{source}: expected a JSON object, found {type(raw).__name__}")
-        _check_architecture(raw, source)
-        r = _Reader(raw, source)
+        r = Settings(raw, source)
+        _check_architecture(r)
 
         hidden = r.integer("hidden_size", minimum=1)
-        layers = r.integer("num_hidden_layers", minimum=1)
+        layers = r.integer("num_hidden_layers", minimum=1, maximum=MAX_LAYERS)
         heads = r.integer("num_attention_heads", minimum=1)
         lead = r.integer("first_k_dense_replace", minimum=0)
-        experts = r.integer("n_routed_experts", minimum=1)
         context = r.integer("max_position_embeddings", minimum=1)
-        kv_heads = r.integer("num_key_value_heads", default=heads, minimum=1)
         head_dim = r.integer("head_dim", default=0, minimum=0)
         if head_dim == 0:
             if hidden % heads:
@@ -196,23 +147,26 @@ class ModelConfig:
                     "hidden_size", f"{hidden} is not a multiple of num_attention_heads = {heads}"
                 )
             head_dim = hidden // heads
-        theta, scaling = _rope(r, context)
+        theta, scaling = read_rope(r, head_dim, context)
+        r.choice("hidden_act", ("silu", "swish"), default="silu")
 
         config = cls(
             vocab_size=r.integer("vocab_size", minimum=1),
             hidden_size=hidden,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+            num_key_value_heads=r.integer("num_key_value_heads", default=heads, minimum=1),
             head_dim=head_dim,
             intermediate_size=r.integer("intermediate_size", minimum=1),
             moe_intermediate_size=r.integer("moe_intermediate_size", minimum=1),
-            n_routed_experts=experts,
+            n_routed_experts=r.integer("n_routed_experts", minimum=1, maximum=_MAX_EXPERTS),
             num_experts_per_tok=r.integer("num_experts_per_tok", minimum=1),
             n_shared_experts=r.integer("n_shared_experts", default=0, minimum=0),
             first_k_dense_replace=lead,
-            moe_layer_freq=r.integer("moe_layer_freq", default=1, minimum=1),
-            experts_shared_frequency=r.integer("experts_shared_frequency", minimum=1),
+            moe_layer_freq=_moe_layer_freq(r, layers, lead),
+            experts_shared_frequency=r.integer(
+                "experts_shared_frequency", minimum=1, maximum=MAX_LAYERS
+            ),
             pre_gate=r.boolean("pre_gate"),
             scoring_func=r.choice("scoring_func", ("sigmoid", "softmax"), default="sigmoid"),
             topk_method=r.choice("topk_method", ("noaux_tc", "greedy"), default="noaux_tc"),
@@ -224,17 +178,46 @@ class ModelConfig:
             rope_scaling=scaling,
             max_position_embeddings=context,
             rms_norm_eps=r.number("rms_norm_eps", positive=True),
-            attention_bias=r.boolean("attention_bias", default=False)
-            or r.boolean("qkv_bias", default=False),
+            attention_bias=r.boolean("attention_bias", default=False),
             tie_word_embeddings=r.boolean("tie_word_embeddings", default=False),
             num_nextn_predict_layers=r.integer("num_nextn_predict_layers", default=0, minimum=0),
-            dtype=r.optional_string("torch_dtype") or r.optional_string("dtype"),
-            unknown_fields=r.unknown(),
         )
         config._check(r)
-        return config
+        unknown = review(r, config._derived())
+        if unknown:
+            r.remarks.append(f"config.json has fields nobody here knows: {', '.join(unknown)}")
+        return replace(config, remarks=tuple(r.remarks))
 
-    def _check(self, r: _Reader) -> None:
+    def _derived(self) -> dict[str, float]:
+        """Fields of other families that repeat, or follow from, what stands here already."""
+        size = self.head_dim
+        scale = dict.fromkeys(
+            ("attention_multiplier", "attention_scale", "softmax_scale"), 1 / size**0.5
+        )
+        head = dict.fromkeys(
+            (
+                "qk_head_dim", "qk_rope_head_dim", "query_pre_attn_scalar", "rotary_dim",
+                "rotary_emb_dim", "v_head_dim",
+            ),
+            size,
+        )  # fmt: skip
+        shared = dict.fromkeys(
+            (
+                "moe_shared_expert_intermediate_size",
+                "shared_expert_intermediate_size",
+                "shared_experts_intermediate_size",
+            ),
+            self.shared_intermediate_size,
+        )
+        return {
+            **scale,
+            **head,
+            **shared,
+            "dim_model_base": self.hidden_size,
+            "qk_nope_head_dim": 0,
+        }
+
+    def _check(self, r: Settings) -> None:
         """Refuse values that are fine each alone and contradict each other."""
         if self.num_attention_heads % self.num_key_value_heads:
             r.fail(
@@ -253,6 +236,7 @@ class ModelConfig:
         if self.routed_scaling_factor == 0:
             r.fail("routed_scaling_factor", "0 would switch every routed expert off")
         self._check_groups(r)
+        self._check_layer_kinds(r)
         if not self.moe_layers:
             r.fail("first_k_dense_replace", "no layer is left that routes to experts")
         for layer in self.moe_layers:
@@ -264,7 +248,17 @@ class ModelConfig:
                     f"{owner}, which is dense and has none",
                 )
 
-    def _check_groups(self, r: _Reader) -> None:
+    def _check_layer_kinds(self, r: Settings) -> None:
+        kinds = r.a_list("mlp_layer_types")[: self.num_hidden_layers]
+        expected = ["sparse" if self.is_moe(i) else "dense" for i in range(self.num_hidden_layers)]
+        if kinds and kinds != expected:
+            r.fail(
+                "mlp_layer_types",
+                f"{clip(kinds)} is not what first_k_dense_replace = {self.first_k_dense_replace} "
+                f"and moe_layer_freq = {self.moe_layer_freq} say",
+            )
+
+    def _check_groups(self, r: Settings) -> None:
         groups, used = self.n_group, self.topk_group
         if groups == 1:
             if used != 1:
@@ -289,152 +283,47 @@ class ModelConfig:
             )
 
 
-def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
-        raise ConfigError(f"{source}: `architectures`: expected a list of names, found {names!r}")
+def _check_architecture(r: Settings) -> None:
+    """Trainers drop or wrap `architectures`; `model_type` then tells, and the tensors' names."""
+    names: list[str] = []
+    for value in r.values("architectures"):
+        if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
+            r.fail("architectures", f"expected a list of names, found {clip(value)}")
+        names += value
     if ARCHITECTURE in names:
         return
-    name = names[0]
-    hint = FOREIGN_ARCHITECTURES.get(name, "not a Megrez2 model")
+    types = r.values("model_type")
+    if set(names) <= _WRAPPERS and MODEL_TYPE in types:
+        return
+    if not names:
+        r.fail(
+            "architectures",
+            f"missing, and `model_type` is {clip(types[0]) if types else 'missing'}; expected "
+            f"{ARCHITECTURE} and {MODEL_TYPE}",
+        )
+    hint = FOREIGN_ARCHITECTURES.get(names[0], "not a Megrez2 model")
     raise ConfigError(
-        f"{source}: unknown architecture {name!r}: {hint}. megrez-gguf knows {ARCHITECTURE}."
+        f"{r.source}: unknown architecture {clip(names[0])}: {hint}. megrez-gguf knows "
+        f"{ARCHITECTURE}."
     )
 
 
-def _rope(r: _Reader, context: int) -> tuple[float, RopeScaling | None]:
-    """`rope_theta` and `rope_scaling`: flat fields, or transformers 5's `rope_parameters`."""
-    nested = r.optional_object("rope_parameters")
-    if nested is not None:
-        p = r.child("rope_parameters", nested)
-        theta = (p if "rope_theta" in nested else r).number("rope_theta", positive=True)
-        r.seen("rope_theta", "rope_scaling")
-        return theta, _rope_scaling(p, context)
-    theta = r.number("rope_theta", positive=True)
-    raw = r.optional_object("rope_scaling")
-    return theta, None if raw is None else _rope_scaling(r.child("rope_scaling", raw), context)
-
-
-def _rope_scaling(r: _Reader, context: int) -> RopeScaling | None:
-    kind = r.raw.get("rope_type", r.raw.get("type", "default"))
-    r.seen("rope_type", "type", "rope_theta")
-    if kind == "default":
-        r.refuse_unknown()
-        return None
-    if kind not in ("linear", "yarn"):
-        r.fail("rope_type", f"{kind!r} is not supported; known: default, linear, yarn")
-    factor = r.number("factor", positive=True)
-    if factor < 1:
-        r.fail("factor", f"{factor} is below 1")
-    original = r.integer("original_max_position_embeddings", default=context, minimum=1)
-    if kind == "linear":
-        r.refuse_unknown()
-        return RopeScaling("linear", factor, original)
-
-    # DeepSeek's variant also rescales the softmax by mscale_all_dim; no Megrez2 code is known to.
-    if r.number("mscale_all_dim", default=0.0) != 0:
-        r.fail("mscale_all_dim", "a softmax rescaled by yarn is not supported")
-    if r.raw.get("truncate", True) is not True:
-        r.fail("truncate", "only yarn with whole-numbered ramp bounds (true) is supported")
-    r.seen("truncate")
-    mscale = r.number("mscale", default=1.0)
-    attention = 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-    scaling = RopeScaling(
-        "yarn",
-        factor,
-        original,
-        attention_factor=r.number("attention_factor", default=attention, positive=True),
-        beta_fast=r.number("beta_fast", default=32.0, positive=True),
-        beta_slow=r.number("beta_slow", default=1.0, positive=True),
+def _moe_layer_freq(r: Settings, layers: int, lead: int) -> int:
+    """A number, or a list that says of every layer whether it routes to experts."""
+    if not any(isinstance(value, list) for value in r.values("moe_layer_freq")):
+        return r.integer("moe_layer_freq", default=1, minimum=1)
+    routed = r.a_list("moe_layer_freq")
+    given = [bool(value) for value in routed[lead:layers]]
+    periods = (
+        period
+        for period in range(1, layers + 1)
+        if given == [layer % period == 0 for layer in range(lead, layers)]
     )
-    r.refuse_unknown()
-    return scaling
-
-
-class _Reader:
-    """Typed reads of one JSON object; remembers what was read."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str, prefix: str = "") -> None:
-        self.raw, self.source, self.prefix = raw, source, prefix
-        self._seen: set[str] = set()
-
-    def child(self, name: str, raw: dict[str, Any]) -> _Reader:
-        return _Reader(raw, self.source, f"{self.prefix}{name}.")
-
-    def fail(self, name: str, reason: str) -> NoReturn:
-        raise ConfigError(f"{self.source}: `{self.prefix}{name}`: {reason}")
-
-    def seen(self, *names: str) -> None:
-        self._seen.update(names)
-
-    def _read(self, name: str, expected: str, default: Any) -> Any:
-        self._seen.add(name)
-        value = self.raw.get(name)
-        if value is None:
-            if default is _REQUIRED:
-                self.fail(name, f"required ({expected}) and missing")
-            return default
-        return value
-
-    def _wrong_type(self, name: str, expected: str, value: Any) -> NoReturn:
-        self.fail(name, f"expected {expected}, found {value!r}")
-
-    def integer(self, name: str, default: Any = ..., minimum: int = 0) -> int:
-        value = self._read(name, "integer", _REQUIRED if default is ... else default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            self._wrong_type(name, "an integer", value)
-        if not minimum <= value < 2**31:
-            self.fail(name, f"expected an integer from {minimum} up to 2^31 - 1, found {value}")
-        return int(value)
-
-    def number(self, name: str, default: Any = ..., positive: bool = False) -> float:
-        value = self._read(name, "number", _REQUIRED if default is ... else default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self._wrong_type(name, "a number", value)
-        if not math.isfinite(value) or (positive and value <= 0):
-            self.fail(
-                name, f"expected a finite{' positive' if positive else ''} number, found {value}"
-            )
-        return float(value)
-
-    def boolean(self, name: str, default: Any = ...) -> bool:
-        value = self._read(name, "true or false", _REQUIRED if default is ... else default)
-        if not isinstance(value, bool):
-            self._wrong_type(name, "true or false", value)
-        return bool(value)
-
-    def choice(self, name: str, allowed: tuple[str, ...], default: str) -> Any:
-        value = self._read(name, "string", default)
-        if value not in allowed:
-            self.fail(name, f"{value!r} is not supported; known: {', '.join(allowed)}")
-        return value
-
-    def optional_string(self, name: str) -> str | None:
-        value = self._read(name, "string", None)
-        if value is not None and not isinstance(value, str):
-            self._wrong_type(name, "a string", value)
-        return value if value is None else str(value)
-
-    def optional_object(self, name: str) -> dict[str, Any] | None:
-        value = self._read(name, "object", None)
-        if value is not None and not isinstance(value, dict):
-            self._wrong_type(name, "an object or null", value)
-        return value if value is None else dict(value)
-
-    def unknown(self) -> tuple[str, ...]:
-        """Fields nobody here has read; refuses those known to change the maths."""
-        for name, allowed in _FIXED_FIELDS.items():
-            if name in self.raw and self.raw[name] not in allowed:
-                self.fail(name, f"{self.raw[name]!r} is not supported; supported: {_join(allowed)}")
-        return tuple(sorted(self.raw.keys() - self._seen - _INERT_FIELDS - _FIXED_FIELDS.keys()))
-
-    def refuse_unknown(self) -> None:
-        for name in sorted(self.raw.keys() - self._seen):
-            self.fail(name, "unknown, and might change the maths: not supported")
-
-
-_REQUIRED: Any = object()
-
-
-def _join(values: tuple[Any, ...]) -> str:
-    return ", ".join(json.dumps(v) for v in values)
+    period = next(periods, None)
+    if period is None:
+        r.fail(
+            "moe_layer_freq",
+            f"{clip(routed)} is not every n-th layer, of {layers}, from first_k_dense_replace = "
+            f"{lead}",
+        )
+    return period

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megrez_gguf.checkpoint.config import ModelConfig, RopeScaling
+from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.rope import RopeScaling
 from megrez_gguf.format.writer import KeyValues
 from megrez_llama import ARCH
 

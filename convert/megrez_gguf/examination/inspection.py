@@ -120,9 +120,7 @@ def _checkpoint(place: Location) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
     name = (place.repository or folder.resolve().name).rpartition("/")[2]
     report = _report(folder, "checkpoint", name, hyperparameters, tensors)
     report.groups, report.dense_layers = groups, dense
-    report.warnings += checkpoint.notes
-    if config.unknown_fields:
-        report.warnings.append(f"unknown fields in config.json: {', '.join(config.unknown_fields)}")
+    report.warnings += (*checkpoint.notes, *config.remarks)
     if plan.skipped:
         report.warnings.append(f"{len(plan.skipped)} tensors would be left out by convert")
     return report, [target.sources for target in plan.targets]

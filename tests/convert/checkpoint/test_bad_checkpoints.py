@@ -133,7 +133,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "unsupported value": (config(hidden_act="gelu"), r"`hidden_act`: \"?'gelu'.* not supported"),
     "unsupported rope": (
         config(rope_scaling={"type": "longrope", "factor": 2}),
-        r"`rope_scaling\.rope_type`: 'longrope' is not supported; known: default, linear, yarn",
+        r"`rope_scaling\.type`: 'longrope' is not supported; known: default, linear, yarn",
     ),
     "missing field": (
         lambda f: edit_json(f / "config.json", lambda c: c.pop("pre_gate") and None),
