@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megrez_gguf.conversion.metadata import HASHES, RECIPE
+from megrez_gguf.conversion.metadata import HASHES, RECIPE, file_stem
 from megrez_gguf.conversion.source import StoredModel
 from megrez_gguf.conversion.stream import Importance, Item, Outcome, stream
 from megrez_gguf.errors import ConfigError, GGUFError
@@ -237,7 +237,7 @@ def plan(
     return Conversion(
         source=source,
         level=level,
-        path=Path(out) if out is not None else Path(f"{source.name}-{name}.gguf"),
+        path=Path(out) if out is not None else Path(f"{file_stem(source.name)}-{name}.gguf"),
         items=items,
         values=values,
         fallbacks=types.fallbacks,

@@ -97,7 +97,13 @@ def from_checkpoint(checkpoint: Checkpoint) -> StoredModel:
         values={**values, **vocabulary.key_values()},
         shards=checkpoint.shards,
         reopen=lambda: from_checkpoint(Checkpoint.open(checkpoint.place)),
-        warnings=(*checkpoint.notes, *vocabulary.warnings, *config.remarks, *plan.remarks),
+        warnings=(
+            *checkpoint.notes,
+            *vocabulary.warnings,
+            *config.remarks,
+            *plan.remarks,
+            *metadata.sampling_remarks(checkpoint.documents.generation),
+        ),
         check_consumed=lambda names: layout.check_ledger(checkpoint, plan, names),
     )
 

@@ -116,9 +116,7 @@ def _checkpoint(place: Location) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
     }
     groups = _groups(config.moe_layers, config.pool_layers)
     dense = tuple(i for i in range(config.num_hidden_layers) if not config.is_moe(i))
-    # A hub's cache folders are named after commits.
-    name = (place.repository or folder.resolve().name).rpartition("/")[2]
-    report = _report(folder, "checkpoint", name, hyperparameters, tensors)
+    report = _report(folder, "checkpoint", metadata.model_name(place), hyperparameters, tensors)
     report.groups, report.dense_layers = groups, dense
     report.warnings += (*checkpoint.notes, *config.remarks)
     if plan.skipped:

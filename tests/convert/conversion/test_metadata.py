@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megrez_gguf.checkpoint import location
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.conversion import metadata
+from megrez_gguf.conversion.convert import plan_convert
+from megrez_gguf.format.writer import header
 from support.configurations import TINY
+from support.random_checkpoint import SMALL, make_checkpoint
 
 PUBLISHED: dict[str, Any] = TINY | {
     "experts_shared_frequency": 3,
@@ -130,6 +135,9 @@ def llama_cpp_yarn(values: Mapping[str, Any], size: int, base: float) -> tuple[l
         {"beta_fast": 16, "beta_slow": 2},
         {"factor": 1.0},
         {"factor": 40.0, "original_max_position_embeddings": 4096},
+        {"factor": None},
+        {"mscale": 0.7, "attention_factor": 1.2},
+        {"mscale": 1.0, "beta_fast": None, "truncate": True},
     ],
     ids=str,
 )
@@ -149,8 +157,8 @@ def test_yarn_is_what_transformers_computes(extra: dict[str, Any]) -> None:
     assert frequencies == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def general(folder: Path, raw: dict[str, Any] | None = None) -> Mapping[str, Any]:
-    return metadata.general(config(), raw or {}, location.origin(folder), 7_500_000_000)
+def general(folder: Path) -> Mapping[str, Any]:
+    return metadata.general(config(), location.origin(folder), 7_500_000_000)
 
 
 def test_name_and_size_from_the_folder(tmp_path: Path) -> None:
@@ -188,11 +196,88 @@ def test_source_from_modelscope_s_cache(tmp_path: Path) -> None:
     assert "huggingface" not in " ".join(map(str, [*values, *values.values()]))
 
 
-def test_source_from_the_config(tmp_path: Path) -> None:
-    values = general(tmp_path, {"_name_or_path": "Infinigence/Megrez2-3x7B-A3B"})
-    assert values["general.source.huggingface.repository"] == "Infinigence/Megrez2-3x7B-A3B"
-    for path in ("/data/models/x", "../x", "x", 3, "a/b/c"):
-        assert "general.source.url" not in general(tmp_path, {"_name_or_path": path})
+def test_loaded_from_is_not_what_it_is(tmp_path: Path) -> None:
+    """A fine-tune's configuration goes on naming its base model."""
+    folder = make_checkpoint(
+        SMALL | {"_name_or_path": "Infinigence/Megrez2-3x7B-A3B"}, tmp_path / "my-law-finetune"
+    )
+    plan = plan_convert(folder)
+    assert plan.path == Path("my-law-finetune-BF16.gguf")
+    values = plan.values
+    assert values["general.name"] == "my-law-finetune"
+    assert "Infinigence" not in " ".join(map(str, values.values()))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("law/checkpoint-500", "law-checkpoint-500"),
+        ("law/merged/checkpoint-500", "law-checkpoint-500"),
+        ("law/epoch_2/step-10", "law-epoch_2-step-10"),
+        ("law/model", "law"),
+        ("law/Final_Model", "law"),
+        ("law/output/hf/bf16", "law"),
+        ("law/0123456789abcdef0123456789abcdef01234567", "law"),
+        ("home/alice/model", "model"),
+        ("home/alice/checkpoint-7", "checkpoint-7"),
+        ("law/checkpoint", "checkpoint"),
+        ("law/./", "law"),
+        ("law/../other//", "other"),
+        ("\u6d4b\u8bd5 model", "\u6d4b\u8bd5 model"),
+        ("a\x1b[31m\nb", "a_[31m_b"),
+        (b"caf\xe9".decode("utf-8", "surrogateescape"), "caf_"),
+    ],
+)
+def test_folders_and_what_models_in_them_are_called(tmp_path: Path, path: str, name: str) -> None:
+    (tmp_path / "law").mkdir()
+    folder = tmp_path / path
+    folder.mkdir(parents=True, exist_ok=True)
+    values = general(folder)
+    assert values["general.name"] == name
+    header(values, [])  # writes every text as UTF-8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_default_file_name_can_always_be_made(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    letters = 'a/\\:*?"<>|.- \x00\x1b\n\udce9\u6d4b\U0001f600'
+    stem = metadata.file_stem("".join(draw.choices(letters, k=draw.choice([0, 1, 5, 300]))))
+    assert stem
+    assert not stem.startswith((".", "-", " "))
+    (tmp_path / f"{stem}-Q4_K_M-00001-of-00002.gguf").write_bytes(b"")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "owners"),
+    [
+        ("base_model: Infinigence/Megrez2-3x7B-A3B", ["Infinigence"]),
+        ("base_model:\n- Infinigence/Megrez2-3x7B-A3B\n- other/m", ["Infinigence", "other"]),
+        ("base_model:\r\n  - 'a/b' # main\r\nx: y", ["a"]),
+        ('base_model: ["a/b", c/d]', ["a", "c"]),
+        ("base_model: https://huggingface.co/a/b/", ["a"]),
+        ("base_model: /root/models/Megrez2", []),
+        ("base_model: Megrez2", []),
+        ("base_model:", []),
+        ("tags:\n- a/b", []),
+    ],
+)
+def test_base_models_from_the_model_card(tmp_path: Path, text: str, owners: list[str]) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlanguage: en\n{text}\n---\n", newline="")
+    values = general(tmp_path)
+    assert values.get("general.base_model.count", 0) == len(owners)
+    for i, owner in enumerate(owners):
+        assert values[f"general.base_model.{i}.organization"] == owner
+        assert f"/{owner}/" in values[f"general.base_model.{i}.repo_url"]
+    assert values["general.name"] == tmp_path.name
+    assert "general.source.url" not in values
+
+
+def test_a_repository_is_not_its_own_base_model(tmp_path: Path) -> None:
+    folder = tmp_path / "models--a--b" / "snapshots" / "0a1b2c"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nbase_model: a/b\n---\n")
+    assert "general.base_model.count" not in general(folder)
 
 
 def test_license_from_the_readme(tmp_path: Path) -> None:
@@ -204,7 +289,10 @@ def test_license_from_the_readme(tmp_path: Path) -> None:
     assert values["general.license.name"] == "x y"
     (tmp_path / "README.md").write_text("license: mit\n")
     assert "general.license" not in general(tmp_path)
-    (tmp_path / "README.md").write_bytes(b"---\n\xff\n---\n")
+    (tmp_path / "README.md").write_bytes(b"---\nauthor: \xff\nlicense: mit # \xff\n---\n")
+    assert general(tmp_path)["general.license"] == "mit"
+    (tmp_path / "README.md").unlink()
+    os.mkfifo(tmp_path / "README.md")
     assert "general.license" not in general(tmp_path)
 
 
@@ -224,3 +312,36 @@ def test_sampling(generation: dict[str, Any], expected: dict[str, Any]) -> None:
     found = metadata.sampling(generation)
     assert found == {f"general.sampling.{k}": v for k, v in expected.items()}
     assert all(type(found[f"general.sampling.{k}"]) is type(v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("generation", "left_out"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 20, "num_beams": 1, "typical_p": 1.0}, []),
+        ({"temperature": "hot"}, ["temperature = 'hot'"]),
+        ({"temperature": math.nan}, ["temperature = nan"]),
+        ({"temperature": math.inf}, ["temperature = inf"]),
+        ({"temperature": -1}, ["temperature = -1"]),
+        ({"temperature": True}, ["temperature = True"]),
+        ({"top_p": 1.5}, ["top_p = 1.5"]),
+        ({"top_k": 10**30}, ["top_k = 1000"]),
+        ({"top_k": 1.5}, ["top_k = 1.5"]),
+        ({"top_k": [1]}, ["top_k = [1]"]),
+        ({"repetition_penalty": 0}, ["repetition_penalty = 0"]),
+        ({"do_sample": "no"}, ["do_sample = 'no'"]),
+        ({"num_beams": 4, "no_repeat_ngram_size": 3}, ["num_beams = 4", "no_repeat_ngram_size"]),
+    ],
+    ids=str,
+)
+def test_sampling_that_is_left_out_is_told_of(
+    generation: dict[str, Any], left_out: list[str]
+) -> None:
+    remarks = metadata.sampling_remarks(generation)
+    assert len(remarks) == len(left_out)
+    for fragment in left_out:
+        assert any(r.startswith(f"generation_config.json: {fragment}") for r in remarks), remarks
+    header(metadata.sampling(generation), [])
+
+
+def test_top_k_of_all_tokens() -> None:
+    assert metadata.sampling({"top_k": -1})["general.sampling.top_k"] == 0
