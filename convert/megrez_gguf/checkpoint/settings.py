@@ -19,6 +19,7 @@ T = TypeVar("T")
 # Objects whose fields are settings of the model like those beside them.
 _ROPE = ("rope_parameters", "rope_scaling")
 _TEXT = "text_config"
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 
 # Other spellings of what is read, as the families that Megrez2 borrows from have them.
 ALIASES = {
@@ -63,6 +64,13 @@ _ROPE_ALIASES = ALIASES | {
 _SHOWN = {"rope_factor": "factor", "rope_truncate": "truncate"}
 
 
+def _is_layer_type(key: str, value: Any) -> bool:
+    """Whether `key` of an object of the rotary embedding holds such an object itself."""
+    return isinstance(value, dict) and (
+        key in _LAYER_TYPES or not value.keys().isdisjoint(("rope_theta", "rope_type", "type"))
+    )
+
+
 class Settings:
     """Typed reads of a parsed `config.json`; remembers what was read."""
 
@@ -93,16 +101,14 @@ class Settings:
     def _collect_rope(self, raw: Mapping[str, Any], place: str) -> None:
         """An object of the rotary embedding, or one that holds such an object for each type of
         layer."""
-        kinds = [(f"{place}.{key}", value) for key, value in raw.items() if isinstance(value, dict)]
+        kinds = [key for key, value in raw.items() if _is_layer_type(key, value)]
         for other in kinds[1:]:
-            if other[1] != kinds[0][1]:
-                self.disagree(kinds[0], other)
+            if raw[other] != raw[kinds[0]]:
+                self.disagree(*((f"{place}.{kind}", raw[kind]) for kind in (kinds[0], other)))
         if kinds:
-            rest = {key: value for key, value in raw.items() if not isinstance(value, dict)}
-            (place, value), raw = kinds[0], rest
-            for key, held in rest.items():
-                self._add(_ROPE_ALIASES.get(key, key), f"{place}.{key}", held)
-            raw = value
+            for key in raw.keys() - kinds:
+                self._add(_ROPE_ALIASES.get(key, key), f"{place}.{key}", raw[key])
+            place, raw = f"{place}.{kinds[0]}", raw[kinds[0]]
         for key, value in raw.items():
             self._add(_ROPE_ALIASES.get(key, key), f"{place}.{key}", value)
         if raw.get("rope_type") is None and raw.get("type") is None:
