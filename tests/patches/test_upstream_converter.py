@@ -191,7 +191,7 @@ def test_several_shards(upstream: Upstream, tmp_path: Path) -> None:
 
 
 def test_yarn_of_the_deepseek_kind(upstream: Upstream, tmp_path: Path) -> None:
-    yarn = {"type": "yarn", "factor": 8, "mscale": 0.7, "beta_fast": None}
+    yarn = {"type": "yarn", "factor": 8, "mscale": 1.0, "mscale_all_dim": 0, "beta_fast": None}
     check(upstream, make(tmp_path, {"rope_scaling": yarn}))
 
 
@@ -256,8 +256,20 @@ def _give_experts_to_a_layer_that_shares(tensors: Tensors) -> None:
             None,
             "yarn with mscale_all_dim",
         ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}},
+            None,
+            "yarn with mscale and no attention_factor",
+        ),
     ],
-    ids=["an expert is missing", "experts where none belong", "dense pool", "longrope", "mscale"],
+    ids=[
+        "an expert is missing",
+        "experts where none belong",
+        "dense pool",
+        "longrope",
+        "mscale_all_dim",
+        "mscale",
+    ],
 )
 def test_refusals(
     upstream: Upstream,

@@ -121,19 +121,21 @@ class MegrezMoeModel(TextModel):
         rope = self.rope_parameters
         if rope.get("mscale_all_dim") or rope.get("truncate") is False:
             raise ValueError("Unsupported RoPE: yarn with mscale_all_dim or without truncate")
+        # DeepSeek's code scales by a lone mscale, transformers and vLLM do not
+        if rope.get("mscale") not in (None, 1) and not rope.get("attention_factor"):
+            raise ValueError("Unsupported RoPE: yarn with mscale and no attention_factor")
 
         # what rope_scaling may leave out, as in transformers
         defaults = {
             "beta_fast": 32.0,
             "beta_slow": 1.0,
-            "mscale": 1.0,
             "original_max_position_embeddings": self.hparams["max_position_embeddings"],
         }
         rope.update({k: v for k, v in defaults.items() if rope.get(k) is None})
 
         # llama.cpp scales by 1 + 0.1 ln(factor) of its own accord, and by rope.scaling.attn_factor on top
         log_factor = 0.1 * math.log(rope["factor"])
-        attn_factor = rope.pop("attention_factor", None) or 1.0 + rope["mscale"] * log_factor
+        attn_factor = rope.pop("attention_factor", None) or 1.0 + log_factor
         self.gguf_writer.add_rope_scaling_attn_factors(attn_factor / (1.0 + log_factor))
 
     def modify_tensors(
