@@ -303,7 +303,7 @@ def _has_no_effect(
     if switch and settings.values(switch) and not any(settings.values(switch)):
         return f"{switch} is false"
     if name == "sliding_window":
-        if settings.has("layer_types"):  # which `_check` has found to be of full attention
+        if any(settings.values("layer_types")):  # which `_check` has found to be of full attention
             return "every layer has full attention"
         if type(value) is int and value >= max(settings.values("max_position_embeddings")):
             return "max_position_embeddings is no more"

@@ -65,9 +65,9 @@ _SHOWN = {"rope_factor": "factor", "rope_truncate": "truncate"}
 
 
 def _is_layer_type(key: str, value: Any) -> bool:
-    """Whether `key` of an object of the rotary embedding holds such an object itself."""
-    return isinstance(value, dict) and (
-        key in _LAYER_TYPES or not value.keys().isdisjoint(("rope_theta", "rope_type", "type"))
+    """Whether `key` of an object of the rotary embedding stands for such an object itself."""
+    return key in _LAYER_TYPES or (
+        isinstance(value, dict) and not value.keys().isdisjoint(("rope_theta", "rope_type", "type"))
     )
 
 
@@ -87,9 +87,10 @@ class Settings:
 
     def _collect(self, raw: Mapping[str, Any], prefix: str) -> None:
         """The whole file, or its object for the language model."""
+        places = _ROPE if prefix else (*_ROPE, _TEXT)
         for key, value in raw.items():
             where = prefix + key
-            if key not in (*_ROPE, *([] if prefix else [_TEXT])):
+            if key not in places:
                 self._add(ALIASES.get(key, key), where, value)
             elif value is not None and not isinstance(value, dict):
                 self.fail(where, f"expected an object or null, found {clip(value)}")
@@ -106,9 +107,12 @@ class Settings:
             if raw[other] != raw[kinds[0]]:
                 self.disagree(*((f"{place}.{kind}", raw[kind]) for kind in (kinds[0], other)))
         if kinds:
-            for key in raw.keys() - kinds:
-                self._add(_ROPE_ALIASES.get(key, key), f"{place}.{key}", raw[key])
+            beside = {key: value for key, value in raw.items() if key not in kinds}
             place, raw = f"{place}.{kinds[0]}", raw[kinds[0]]
+            if not isinstance(raw, dict):
+                self.fail(place, f"expected an object, found {clip(raw)}")
+            for key, value in beside.items():
+                self._add(_ROPE_ALIASES.get(key, key), f"{place.rpartition('.')[0]}.{key}", value)
         for key, value in raw.items():
             self._add(_ROPE_ALIASES.get(key, key), f"{place}.{key}", value)
         if raw.get("rope_type") is None and raw.get("type") is None:

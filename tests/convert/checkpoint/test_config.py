@@ -169,7 +169,7 @@ def test_one_object_for_each_type_of_layer() -> None:
     assert one == read(bare("rope_theta") | {"rope_parameters": yarn})
     two: Config = {"full_attention": yarn, "sliding_attention": yarn}
     assert one == read(bare("rope_theta") | {"rope_parameters": two})
-    for other in (yarn | {"rope_theta": 2e4}, {"rope_theta": 1e4}, {}):
+    for other in (yarn | {"rope_theta": 2e4}, {"rope_theta": 1e4}, {}, None):
         two = {"full_attention": yarn, "sliding_attention": other}
         message = refusal(bare("rope_theta") | {"rope_parameters": two})
         assert "full_attention" in message
@@ -369,6 +369,8 @@ def test_other_ways_to_say_the_same(fields: Config, same: Config) -> None:
         ({"num_hidden_layers": 2**31 - 1}, "expected an integer from 1 to 512"),
         ({"rope_scaling": "yarn"}, "`rope_scaling`: expected an object or null, found 'yarn'"),
         ({"rope_scaling": [YARN]}, "`rope_scaling`: expected an object or null"),
+        ({"rope_parameters": {"full_attention": None}}, "`rope_parameters.full_attention`"),
+        ({"sliding_window": 64, "layer_types": []}, "`sliding_window`"),
         ({"text_config": 7}, "`text_config`: expected an object or null"),
         ({"rotary_dim": 8}, "`rotary_dim`: 8 is not supported"),
         ({"attention_multiplier": 1.0}, "`attention_multiplier`"),
