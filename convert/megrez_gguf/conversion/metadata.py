@@ -315,6 +315,6 @@ def front_matter(readme: Path) -> dict[str, list[str]]:
 
 def _scalars(text: str) -> list[str]:
     """The values in a line of YAML: none, one, or those of a `[list]`."""
-    text = re.sub(r"(?:^|[ \t]+)#.*$", "", text).strip()
+    text = "" if text.startswith("#") else text.partition(" #")[0].strip()
     parts = text[1:-1].split(",") if text[:1] == "[" and text[-1:] == "]" else [text]
     return [_printable(part.strip().strip("\"'")) for part in parts if part.strip()]

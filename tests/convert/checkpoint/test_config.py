@@ -179,7 +179,7 @@ def test_one_object_for_each_type_of_layer() -> None:
 # --- the rotary embedding, as transformers computes it -----------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(120))
 def test_scaling_is_what_transformers_computes_or_is_refused(seed: int) -> None:
     draw = random.Random(seed)
     kind = draw.choice(["linear", "yarn", "yarn", "yarn"])
@@ -198,8 +198,9 @@ def test_scaling_is_what_transformers_computes_or_is_refused(seed: int) -> None:
     for key, choices in others.items():
         if draw.random() < 0.3:
             rope[key] = draw.choice(choices)
+    theta = draw.choice([100.0, 5e6])
     try:
-        found = read(TINY | {"rope_scaling": rope})
+        found = read(TINY | {"rope_theta": theta, "rope_scaling": rope})
     except ConfigError:
         # Only what is harmful, or what readers take differently, may be refused.
         assert (
@@ -213,7 +214,7 @@ def test_scaling_is_what_transformers_computes_or_is_refused(seed: int) -> None:
         num_attention_heads=4,
         head_dim=16,
         max_position_embeddings=512,
-        rope_parameters={"original_max_position_embeddings": 512} | rope | {"rope_theta": 5e6},
+        rope_parameters={"original_max_position_embeddings": 512} | rope | {"rope_theta": theta},
     )
     frequency, scale = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
     cos, sin = rotary(found, 3, torch.float64)
