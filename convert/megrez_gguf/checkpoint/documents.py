@@ -68,6 +68,8 @@ class Documents:
         config = read_object(folder / CONFIG, ConfigError)
         if config is None:
             raise ConfigError(f"{folder}: no {CONFIG} in this folder{_instead(folder)}")
+        if _holds_only_an_adapter(folder):
+            raise ConfigError(f"{folder}: {_adapter(folder)}")
         generation = read_object(folder / GENERATION, ConfigError) or {}
         return cls(folder, config, generation, read_object(folder / INDEX, CheckpointError))
 
@@ -80,16 +82,27 @@ def _instead(folder: Path) -> str:
     except OSError as e:
         return f": it cannot be listed: {e.strerror}"
     if ADAPTER in names:
-        adapter = read_object(folder / ADAPTER, ConfigError) or {}
-        base = adapter.get("base_model_name_or_path")
-        return (
-            ": a PEFT adapter, not a model. Merge it into its base model "
-            f"({clip(base) if base else 'unknown'}) with peft: `merge_and_unload()`, then "
-            "`save_pretrained(OUT)` for model and tokenizer, and give OUT"
-        )
+        return f": {_adapter(folder)}"
     if inner:
         return f"; {few(inner)} in it {'has' if len(inner) == 1 else 'have'} one: give that folder"
     for pattern, what in _OTHERS:
         if any(folder.glob(pattern)):
             return f": {what}"
     return "" if names else ": it is empty"
+
+
+def _holds_only_an_adapter(folder: Path) -> bool:
+    """Some trainers save the base model's configuration beside an adapter."""
+    weights = [path.name for path in folder.glob("*.safetensors")]
+    is_adapter = bool(weights) and all(name.startswith("adapter_") for name in weights)
+    return is_adapter and (folder / ADAPTER).exists()
+
+
+def _adapter(folder: Path) -> str:
+    adapter = read_object(folder / ADAPTER, ConfigError) or {}
+    base = adapter.get("base_model_name_or_path")
+    return (
+        f"a PEFT adapter, not a model. Merge it into its base model ({clip(base or 'unknown')}) "
+        "with peft: `merge_and_unload()`, then `save_pretrained(OUT)` for model and tokenizer, and "
+        "give OUT"
+    )

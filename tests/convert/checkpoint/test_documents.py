@@ -108,7 +108,7 @@ def test_the_file_that_is_wrong_is_named(tmp_path: Path, name: str) -> None:
             },
             r"PEFT adapter.*'Infinigence/Megrez2'.*merge_and_unload\(\)",
         ),
-        ({"adapter_config.json": "{}"}, r"PEFT adapter.*\(unknown\)"),
+        ({"adapter_config.json": "{}"}, r"PEFT adapter.*\('unknown'\)"),
         ({"a.gguf": "", "b.gguf": ""}, "GGUF files, which are converted already"),
         ({"params.json": "{}", "consolidated.00.pth": ""}, "Meta's or Mistral's own layout"),
         ({"model_index.json": "{}"}, "a pipeline"),
@@ -131,6 +131,17 @@ def test_a_folder_without_config(tmp_path: Path, files: dict[str, str], expected
     with pytest.raises(ConfigError, match=expected) as caught:
         Documents.read(folder)
     assert str(caught.value).startswith(f"{folder}: no config.json in this folder")
+
+
+def test_an_adapter_beside_the_configuration_of_its_base(tmp_path: Path) -> None:
+    write(tmp_path / "config.json")
+    write(tmp_path / "adapter_config.json", "{}")
+    assert Documents.read(tmp_path).has_adapter
+    write(tmp_path / "adapter_model.safetensors", "")
+    with pytest.raises(ConfigError, match="a PEFT adapter, not a model"):
+        Documents.read(tmp_path)
+    write(tmp_path / "model.safetensors", "")
+    assert Documents.read(tmp_path).has_adapter
 
 
 # --- a hub's cache -----------------------------------------------------------------------------
