@@ -16,3 +16,7 @@ imports no llama_cpp: that happens on first use.
 
 ARCH = "megrez-moe"
 """The architecture's name: in GGUF files, before our keys in them, and in the patched llama.cpp."""
+
+MAX_LAYERS = 512
+MAX_EXPERTS = 1024
+"""The most that its arrays have room for: LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS."""

@@ -18,11 +18,10 @@ from megrez_gguf.checkpoint.known_fields import review
 from megrez_gguf.checkpoint.rope import RopeScaling, read_rope
 from megrez_gguf.checkpoint.settings import Settings
 from megrez_gguf.errors import ConfigError
-from megrez_gguf.format.model_check import MAX_LAYERS
 from megrez_gguf.text import clip
+from megrez_llama import MAX_EXPERTS, MAX_LAYERS
 
 MODEL_TYPE = "megrez_moe"
-_MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 ARCHITECTURE = "MegrezMoeForCausalLM"
 
 # Architectures a user may plausibly hand us, and who converts them instead.
@@ -159,7 +158,7 @@ class ModelConfig:
             head_dim=head_dim,
             intermediate_size=r.integer("intermediate_size", minimum=1),
             moe_intermediate_size=r.integer("moe_intermediate_size", minimum=1),
-            n_routed_experts=r.integer("n_routed_experts", minimum=1, maximum=_MAX_EXPERTS),
+            n_routed_experts=r.integer("n_routed_experts", minimum=1, maximum=MAX_EXPERTS),
             num_experts_per_tok=r.integer("num_experts_per_tok", minimum=1),
             n_shared_experts=r.integer("n_shared_experts", default=0, minimum=0),
             first_k_dense_replace=lead,

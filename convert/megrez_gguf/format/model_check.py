@@ -15,8 +15,7 @@ from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.storage.tensor import Tensor
 from megrez_llama import ARCH
-
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+from megrez_llama import MAX_LAYERS as MAX_LAYERS
 
 _LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_norm")
 _DENSE = ("ffn_gate", "ffn_up", "ffn_down")
