@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megrez_gguf.errors import GGUFError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # At the published size a token of context takes 62 KiB, so this is half a gigabyte.
 DEFAULT_CONTEXT = 8192
+_TEMPLATE = "tokenizer.chat_template"
 # llama.cpp rounds contexts up to a multiple of this, and llama_cpp's buffers must agree with it.
 _CONTEXT_STEP = 256
 
@@ -75,8 +77,6 @@ def load(
     unknown = options.keys() - inspect.signature(llama_cpp.Llama).parameters.keys()
     if unknown:
         raise TypeError(f"llama_cpp.Llama has no option {', '.join(sorted(unknown))}")
-    from jinja2 import TemplateError
-
     all_logits = any(options.get(name) for name in ("logits_all", "draft_model", "embedding"))
     plan = _plan_store(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"), all_logits)
     if plan:
@@ -94,7 +94,7 @@ def load(
     log.install(llama_cpp, verbose=verbose)
     threads = n_threads or available_cpus()
     options = {"n_threads_batch": threads} | options
-    llm = llama_cpp.Llama.__new__(llama_cpp.Llama)
+    llm = _without_templates(llama_cpp)
     try:
         llm.__init__(  # in two steps, to see how far it got
             str(path),
@@ -104,8 +104,6 @@ def load(
             verbose=verbose,
             **options,
         )
-    except TemplateError as e:
-        raise GGUFError(f"{path}: its chat template is not valid Jinja: {e}") from None
     except (ValueError, RuntimeError) as e:
         reason = log.take_errors() or str(e)
         if hasattr(llm, "_model") and not hasattr(llm, "_ctx"):
@@ -115,8 +113,7 @@ def load(
                 option="n_ctx",
             ) from None
         raise GGUFError(f"{path}: llama.cpp cannot load it: {reason}") from None
-    # llama_cpp drops the last byte of a text that just fills its buffer; ours are whole.
-    llm.metadata |= {key: value for key, value in values.items() if isinstance(value, str)}
+    _restore_templates(llm, {k: v for k, v in values.items() if isinstance(v, str)}, options)
     if plan:
         try:
             plan.settle(llm)
@@ -126,6 +123,50 @@ def load(
         if say:
             say(plan.told(llm))
     return llm
+
+
+def _without_templates(llama_cpp: ModuleType) -> Llama:
+    """A Llama to be initialised, which will not see the chat templates in its file.
+
+    It would compile them all, and fail if one is no Jinja, though only chatting needs one; and it
+    drops the last byte of a text that just fills its buffer.
+    """
+
+    class Untalkative(llama_cpp.Llama):  # type: ignore[name-defined, misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "metadata":
+                value = {k: v for k, v in value.items() if not k.startswith(_TEMPLATE)}
+            super().__setattr__(name, value)
+
+    llm: Llama = Untalkative.__new__(Untalkative)
+    return llm
+
+
+def _restore_templates(llm: Llama, texts: Mapping[str, str], options: Mapping[str, Any]) -> None:
+    """Give `llm` the `texts` of its file as metadata, and chat templates compiled when called."""
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    llm.__class__ = Llama
+    llm.metadata.update(texts)
+
+    def handler(template: str) -> Callable[..., Any]:
+        def handle(**request: Any) -> Any:
+            ends = llm.token_eos(), llm.token_bos()
+            eos, bos = (llm._model.token_get_text(i) if i >= 0 else "" for i in ends)
+            formatter = Jinja2ChatFormatter(template, eos, bos, stop_token_ids=[ends[0]])
+            return formatter.to_chat_handler()(**request)
+
+        return handle
+
+    # Under the names that Llama gives them.
+    for key, template in texts.items():
+        if key.startswith(f"{_TEMPLATE}."):
+            llm._chat_handlers[key.removeprefix("tokenizer.")] = handler(template)
+    if _TEMPLATE in texts:
+        llm._chat_handlers["chat_template.default"] = handler(texts[_TEMPLATE])
+        if options.get("chat_format") is None and options.get("chat_handler") is None:
+            llm.chat_format = "chat_template.default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ class Session:
     """A conversation. Not for use by several threads, `cancel` excepted.
 
     `sampling` defaults to `Sampling.advised`, `seed` to a random one; the same seed and the same
-    messages give the same answers. Raises GGUFError as `ChatTemplate` does.
+    messages give the same answers. Raises GGUFError as `ChatTemplate` does, and when the template
+    refuses the system prompt, or demands one.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class Session:
         self.last: Answer | None = None
         """The latest answer; complete once its iterator has ended."""
         self._system = [self.template.message("system", system)] if system else []
+        # What the template says of the system prompt, or of its absence, is to be heard now.
+        self.template.encode([*self._system, self.template.message("user", "?")])
         self._turns: list[tuple[Message, Message]] = []
         self._worker: threading.Thread | None = None
         self._cancelled = False

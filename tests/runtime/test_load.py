@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from jinja2 import TemplateError
+from llama_cpp import Llama
 
 import megrez_llama.patched
 from megrez_gguf.errors import GGUFError, MegrezError, RuntimeUnavailableError
 from megrez_gguf.machine import available_cpus
 from megrez_llama.logs import log
-from megrez_runtime import load
+from megrez_runtime import Session, load
 from megrez_runtime.errors import ContextError
-from support.checkpoints import set_json
+from support.checkpoints import Make, set_json
 from support.commands import chat
 
 
@@ -109,13 +111,31 @@ def test_a_context_that_cannot_be_made_is_refused(model: Path) -> None:
             load(model, n_ctx=size)
 
 
-def test_a_template_that_is_no_jinja_is_refused(make: object, tmp_path: Path) -> None:
-    assert callable(make)
+def test_only_chatting_needs_a_template(make: Make) -> None:
     broken = make(
         lambda f: set_json(f / "tokenizer_config.json", chat_template="<|turn_end|>{% for %}")
     )
-    with pytest.raises(GGUFError, match=r"its chat template is not valid Jinja: "):
-        load(broken)
+    llm = load(broken, n_ctx=256)
+    assert llm.tokenize(b"a") != []
+    with pytest.raises(GGUFError, match=r"its chat template is not valid Jinja: line 1: "):
+        Session(llm)
+    # Nor does Llama's own chatting go on with another format.
+    with pytest.raises(TemplateError):
+        llm.create_chat_completion([{"role": "user", "content": "hi"}], max_tokens=1)
+
+
+def test_llamas_own_chatting_uses_the_files_template(make: Make) -> None:
+    named = [{"name": "default", "template": "a{{ eos_token }}"}, {"name": "b", "template": "b"}]
+    llm = load(
+        make(lambda f: set_json(f / "tokenizer_config.json", chat_template=named)), n_ctx=256
+    )
+    assert type(llm) is Llama
+    assert llm.metadata["tokenizer.chat_template.b"] == "b"
+    llm.create_chat_completion([{"role": "user", "content": "hi"}], max_tokens=1)
+    assert llm.input_ids[:2].tolist() == llm.tokenize(b"a<|turn_end|>", False, True)
+    llm.chat_format = "chat_template.b"
+    llm.create_chat_completion([{"role": "user", "content": "hi"}], max_tokens=1)
+    assert llm.input_ids[:1].tolist() == llm.tokenize(b"b", False)
 
 
 def test_an_option_llama_does_not_have_is_refused(model: Path) -> None:

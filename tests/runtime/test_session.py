@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from megrez_gguf.errors import GGUFError
 from megrez_runtime import Sampling, Session, load
 from megrez_runtime.errors import ContextError, DecodeError
 from megrez_runtime.session import Answer
+from megrez_runtime.template import ChatTemplate
 
 GREEDY = Sampling(temp=0)
 WORDS = "one two three four five six seven eight nine ten "
@@ -118,7 +120,7 @@ def test_later_turns_reuse_the_cache_and_change_nothing(llm: Any, model: Path) -
 
 def speak(llm: Any, data: bytes, ends: bool = True) -> None:
     """Make the model say `data`, a byte a token."""
-    piece = Session(llm).template.piece
+    piece = ChatTemplate(llm).piece
     ids = {piece(i): i for i in range(llm.n_vocab())}
     tokens = [ids[bytes([b])] for b in data]
 
@@ -287,3 +289,52 @@ def test_a_failure_of_llama_cpp_is_told_and_leaves_the_history(llm: Any) -> None
     assert session.messages == before
     llm.eval = evaluate
     assert ask(session, "again")
+
+
+THINKING = (
+    "{% for m in messages %}<|role_start|>{{ m.role }}<|role_end|>"
+    "{{ (m.content.split('</think>') | last if m.role == 'assistant' else m.content) | trim }}"
+    "<|turn_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|role_start|>assistant<|role_end|>{% endif %}"
+)
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+def test_a_template_may_drop_the_reasoning_from_earlier_answers(llm: Any, model: Path) -> None:
+    llm.metadata["tokenizer.chat_template"] = THINKING
+    speak(llm, b"<think>\nlet me see\n</think>\n\nyes")
+    session = Session(llm)
+    assert ask(session, "first") == "<think>\nlet me see\n</think>\n\nyes"
+    before = last(session)
+    first_prompt = session.template.encode(session.messages[:1])
+    ask(session, "second")
+    pieces = b"".join(map(session.template.piece, prompt_of(session)))
+    assert pieces == b"userfirstassistantyesusersecondassistant"
+    # Up to the answer, the prompt is the one that was evaluated.
+    assert prompt_of(session)[: before.prompt_tokens - 1] == first_prompt[:-1]
+    assert session.messages[1].text == before.text  # the reader keeps the reasoning
+
+
+def prompt_of(session: Session) -> list[int]:
+    """What the latest question was asked with."""
+    return session.template.encode(session.messages[:-1])
+
+
+def test_old_turns_are_forgotten_where_answers_are_edited(llm: Any) -> None:
+    llm.metadata["tokenizer.chat_template"] = NEEDS_SYSTEM + THINKING
+    speak(llm, b"<think>" + b"long " * 20 + b"</think>" + WORDS.encode())
+    session = Session(llm, system="keep me")
+    for turn in range(12):
+        ask(session, f"{turn} {WORDS}")
+        answer = last(session)
+        assert answer.prompt_tokens <= 512 * 3 // 4
+        assert answer.prompt_tokens == len(prompt_of(session))
+        assert session.messages[0].text == "keep me"
+    assert len(session.messages) < 2 * 12
+
+
+def test_a_system_prompt_that_is_missed_is_missed_at_once(llm: Any) -> None:
+    llm.metadata["tokenizer.chat_template"] = NEEDS_SYSTEM + THINKING
+    with pytest.raises(GGUFError, match="refuses the conversation: no system"):
+        Session(llm)
+    assert ask(Session(llm, system="be brief", sampling=GREEDY, max_tokens=3), "hello")

@@ -140,9 +140,10 @@ def test_the_templates_own_system_prompt_is_used(make: Make) -> None:
     ("source", "reason"),
     [
         ("", "no chat template in this file"),
-        (LOOP % (BODY % "m.content | upper"), "rewrites messages"),
-        (LOOP % (BODY % "m.content[:3]"), "rewrites messages"),
-        ("nothing", "rewrites messages"),
+        ("nothing", "leaves out what the user said last"),
+        (BODY.replace("m.", "messages[0].") % "messages[0].content", "leaves out what the user"),
+        ("{% for %}", r"is not valid Jinja: line 1: "),
+        ("{{ m | nosuch }}", r"is not valid Jinja: line 1: No filter named 'nosuch'"),
         ("{{ raise_exception('not today') }}", "refuses the conversation: not today"),
         ("{{ messages.foo.bar }}", "refuses the conversation: .*no attribute"),
     ],
@@ -150,6 +151,55 @@ def test_the_templates_own_system_prompt_is_used(make: Make) -> None:
 def test_a_template_that_cannot_be_used_is_refused(make: Make, source: str, reason: str) -> None:
     with pytest.raises(GGUFError, match=rf"\.gguf: .*{reason}"):
         ChatTemplate(with_template(make, source))
+
+
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+def test_a_template_may_demand_a_system_prompt(make: Make) -> None:
+    llm = with_template(make, NEEDS_SYSTEM + LOOP % (BODY % "m.content"))
+    template = ChatTemplate(llm)
+    ids = template.encode(said(template, SAID))
+    assert ids == llm.tokenize(builtin(SAID, False), add_bos=False, special=True)
+    assert template.ends(special_ids(llm)["<|turn_end|>"])
+    with pytest.raises(GGUFError, match="no system"):
+        template.encode(said(template, SAID[1:]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "change"),
+    [
+        ("upper", str.upper),
+        ("trim", str.strip),
+        ("replace('世', '地')", lambda text: text.replace("世", "地")),
+    ],
+)
+def test_what_a_template_makes_of_messages_is_its_own_business(
+    make: Make, edit: str, change: Callable[[str], str]
+) -> None:
+    llm = with_template(make, LOOP % (BODY % f"m.content | {edit}"))
+    template = ChatTemplate(llm)
+    edited = [(role, change(text)) for role, text in SAID]
+    ids = template.encode(said(template, SAID))
+    assert ids == llm.tokenize(builtin(edited, False), add_bos=False, special=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("hm</think>\n\nyes", "yes"), ("no", "no"), ("no ", "no")]
+)
+def test_an_edited_answer_loses_its_tokens_and_others_keep_them(
+    make: Make, text: str, shown: str
+) -> None:
+    body = BODY % "m.content.split('</think>') | last | trim"
+    template = ChatTemplate(with_template(make, LOOP % body))
+    odd = tuple(b + 3 for b in range(40))
+    question = template.message("user", "a")
+    ids = template.encode([question, Message("assistant", text, odd), question])
+    if text == shown:
+        at = ids.index(odd[0], 4)
+        assert tuple(ids[at : at + len(odd)]) == odd
+    else:
+        assert b"".join(map(template.piece, ids)).decode() == f"useraassistant{shown}usera"
 
 
 def test_a_template_may_refuse_a_system_prompt_later(make: Make) -> None:
