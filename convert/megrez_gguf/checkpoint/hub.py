@@ -17,17 +17,19 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from megrez_gguf.checkpoint.chat_templates import FOLDER, JINJA, JSON
 from megrez_gguf.checkpoint.documents import CONFIG, GENERATION, INDEX
 from megrez_gguf.checkpoint.hub_clients import HUBS, Hub, HubName, chain, is_disk_full
 from megrez_gguf.checkpoint.location import Location, origin
 from megrez_gguf.errors import SourceError
 from megrez_gguf.text import Say, few, silent
 
-# Every file other than the weights that `convert`, `inspect` or `parity` reads.
+# Every file other than the weights that `convert`, `inspect` or `parity` reads, as patterns.
 SMALL_FILES = (
     "README.md",
-    "chat_template.jinja",
-    "chat_template.json",
+    f"{FOLDER}/*.jinja",
+    JINJA,
+    JSON,
     CONFIG,
     GENERATION,
     INDEX,
@@ -126,7 +128,8 @@ def _fetch(
     if any(not (folder / name).is_file() for name in names):
         size = f", {total / 2**20:,.1f} MiB" if total else ""
         say(f"fetching {wanted}: {len(names)} shard{'s' * (len(names) > 1)}{size}, to {folder}")
-    _download(wanted, revision, tuple(names), say)
+    # A name may hold what is special in a pattern.
+    _download(wanted, revision, [glob.escape(name) for name in names], say)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise SourceError(
             f"{wanted}: {few(missing)} not found in "
@@ -136,14 +139,13 @@ def _fetch(
     return Location(folder, wanted.hub, wanted.repository, found.revision or wanted.revision)
 
 
-def _download(wanted: _Wanted, revision: str | None, names: tuple[str, ...], say: Say) -> Path:
-    """Fetch the files of these names that exist; those already here are kept."""
+def _download(wanted: _Wanted, revision: str | None, patterns: Sequence[str], say: Say) -> Path:
+    """Fetch the files that match one of `patterns`; those already here are kept."""
     hub = HUBS[wanted.hub]
     try:
         # Clients may print; stdout belongs to the command.
         with redirect_stdout(sys.stderr):
-            # Both clients take patterns, and a name may hold what is special in one.
-            return hub.download(wanted.repository, revision, [glob.escape(n) for n in names])
+            return hub.download(wanted.repository, revision, list(patterns))
     except ImportError as e:
         raise SourceError(
             f"{wanted}: no such folder here, and fetching it from {hub.title} needs a package: "

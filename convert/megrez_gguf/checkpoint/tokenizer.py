@@ -1,8 +1,7 @@
 """The vocabulary: tokenizer.json and its companions as `tokenizer.*` key-values.
 
-llama.cpp re-implements byte-level BPE with a fixed list of pre-tokenizers, so the one to name is
-chosen by what tokenizer.json *says*, and anything llama.cpp would do differently is refused or, if
-it only concerns unusual text, warned about.
+Ids are what the files say, and what the `tokenizers` library makes of them. Where the two differ,
+or a companion says another thing, that is refused, or warned about if it changes no text's ids.
 """
 
 from __future__ import annotations
@@ -12,34 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from megrez_gguf.checkpoint.documents import Documents
+from megrez_gguf.checkpoint.bpe import BPE, read_bpe, steps
+from megrez_gguf.checkpoint.chat_templates import read_templates
+from megrez_gguf.checkpoint.documents import CONFIG, GENERATION, Documents
 from megrez_gguf.checkpoint.json_file import read_object
+from megrez_gguf.checkpoint.tokenizer_judge import judge
 from megrez_gguf.errors import TokenizerError
 from megrez_gguf.format.writer import KeyValues
+from megrez_gguf.text import clip, few
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_WORDS_SPELT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DEEPSEEK = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
-    r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# (splitting expressions in order, ignore_merges) -> the name under which llama.cpp does the same.
-PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((rf"{_WORDS}|\p{{N}}|{_REST}",), False): "megrez",
-    ((rf"{_WORDS_SPELT}|\p{{N}}|{_REST}",), False): "megrez",
-    ((rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), True): "llama-bpe",
-    ((rf"{_WORDS_SPELT}|\p{{N}}{{1,3}}|{_REST}",), True): "llama-bpe",
-    ((rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), False): "smaug-bpe",
-    ((rf"{_WORDS_SPELT}|\p{{N}}{{1,3}}|{_REST}",), False): "smaug-bpe",
-    ((_GPT2,), False): "gpt-2",
-    ((r"\p{N}", _GPT2), False): "smollm",
-    ((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
-}
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+# Other forms of a tokenizer, from which transformers makes a tokenizer.json.
+_FORMS = ("tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,229 +73,237 @@ def read_vocabulary(documents: Documents, vocab_size: int) -> Vocabulary:
     files do not.
 
     Raises TokenizerError: a file missing or damaged, a tokenizer that is no byte-level BPE or that
-    llama.cpp would apply differently, ids that collide or leave holes, more tokens than rows in
-    the embedding, or no end-of-text token.
+    llama.cpp would apply differently, ids that collide or are not those that the `tokenizers`
+    library gives, more tokens than rows in the embedding, or no end-of-text token.
     """
     return _Builder(documents).build(vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """A token that is found in text before it is split."""
+
+    text: str
+    id: int
+    special: bool
+    where: tuple[str, ...]
+    """The flags by which white space and neighbours matter, which llama.cpp does not heed."""
 
 
 class _Builder:
     def __init__(self, documents: Documents) -> None:
         self.folder = documents.folder
-        self.model_config, self.generation = documents.config, documents.generation
-        self.path = self.folder / "tokenizer.json"
-        self.json, self.config, self.map = self._objects()
+        self.ids = {GENERATION: documents.generation, CONFIG: documents.config}
+        self.path = self.folder / TOKENIZER
+        if not self.path.exists():
+            raise TokenizerError(f"{self.folder}: no {TOKENIZER}{self._other_forms()}")
+        names = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_MAP)
+        found = [read_object(self.folder / name, TokenizerError) or {} for name in names]
+        self.json, self.config, self.map = found
+        self.texts = {TOKENIZER_CONFIG: self.config, SPECIAL_MAP: self.map}
         self.warnings: list[str] = []
 
     def build(self, vocab_size: int) -> Vocabulary:
-        self._check_normalizer()
-        vocab, merges, ignore_merges = self._model()
-        pre = self._pre_tokenizer(ignore_merges)
-        added = self._added_tokens(vocab)
-        tokens, types = self._tokens(vocab, added, vocab_size)
-        ids = {t: i for i, t in enumerate(tokens)}
-        templates = self._templates()
-        special = self._special(ids, added, templates)
+        bpe = read_bpe(self.json, self.path)
+        self.warnings += bpe.warnings
+        templates, warnings = read_templates(self.folder, self.config)
+        self.warnings += warnings
+        added = self._added_tokens(bpe.vocab)
+        self._check_flags(added, templates)
+        by_id = self._by_id(bpe.vocab, added, vocab_size)
+        numbered = self._numbered(bpe.vocab, added)
+        ids = {text: i for i, text in by_id.items()}
+        self._check_companions(bpe, ids)
+        special = self._special(ids, vocab_size, templates)
+        if self._named("bos", ids, warn=False) is None:
+            templates = self._without_bos(templates)
         add_bos, add_eos = self._post_processor(special)
         self._check_overlaps(added)
-        padding = vocab_size - len(tokens)
-        if padding:
-            self.warnings.append(
-                f"the vocabulary was padded by {padding} unused tokens to vocab_size"
-            )
-        tokens += self._padding(ids, len(tokens), vocab_size)
-        types += [UNUSED] * padding
+        judge(self.path, bpe, numbered)
         return Vocabulary(
-            pre,
-            tuple(tokens),
-            tuple(types),
-            tuple(merges),
+            bpe.pre,
+            *self._filled(by_id, self._types(ids, added, special), vocab_size),
+            bpe.merges,
             special,
             add_bos,
             add_eos,
             templates,
-            padding,
-            tuple(self.warnings),
+            vocab_size - 1 - max(by_id, default=-1),
+            tuple(dict.fromkeys(self.warnings)),
         )
 
-    # --- reading ---
+    def fail(self, reason: str, name: str = TOKENIZER) -> NoReturn:
+        raise TokenizerError(f"{self.folder / name}: {reason}")
 
-    def fail(self, reason: str) -> NoReturn:
-        raise TokenizerError(f"{self.path}: {reason}")
-
-    def _objects(self) -> list[dict[str, Any]]:
-        """The tokenizer's own files; empty where one is missing that may be."""
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-        found = [read_object(self.folder / name, TokenizerError) for name in names]
-        if found[0] is None:
-            raise TokenizerError(
-                f"{self.folder}: no {names[0]}; save the tokenizer with transformers' fast "
-                "tokenizer class first"
-            )
-        return [raw or {} for raw in found]
-
-    def _model(self) -> tuple[dict[str, int], list[str], bool]:
-        """Vocabulary, merges as "left right", ignore_merges."""
-        model = self.json.get("model")
-        if not isinstance(model, dict) or model.get("type") != "BPE":
-            kind = model.get("type") if isinstance(model, dict) else model
-            self.fail(f"the model is {kind!r}; only byte-level BPE is supported")
-        neutral: dict[str, tuple[Any, ...]] = {
-            "dropout": (None, 0, 0.0),
-            "unk_token": (None,),
-            "continuing_subword_prefix": (None, ""),
-            "end_of_word_suffix": (None, ""),
-            "fuse_unk": (None, False),
-            "byte_fallback": (None, False),
-        }
-        for name, allowed in neutral.items():
-            if model.get(name) not in allowed:
-                self.fail(f"model.{name} = {model[name]!r} is not supported by llama.cpp's BPE")
-        vocab = model.get("vocab")
-        if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
-            self.fail("model.vocab: expected an object of token -> id")
-        return vocab, self._merges(model.get("merges"), vocab), model.get("ignore_merges") is True
-
-    def _merges(self, raw: Any, vocab: Mapping[str, int]) -> list[str]:
-        if not isinstance(raw, list):
-            self.fail("model.merges: expected a list")
-        merges: list[str] = []
-        for entry in raw:
-            pair = entry.split(" ") if isinstance(entry, str) else entry
-            if not isinstance(pair, list) or len(pair) != 2:
-                self.fail(f"model.merges: {entry!r} is not a pair of tokens")
-            left, right = pair
-            if left not in vocab or right not in vocab or left + right not in vocab:
-                self.fail(
-                    f"model.merges: {entry!r} names or makes a token that is not in the vocab"
-                )
-            if " " in left or " " in right:
-                self.fail(f"model.merges: {entry!r} holds a space, which GGUF cannot express")
-            merges.append(f"{left} {right}")
-        if len(set(merges)) != len(merges):
-            self.fail("model.merges: the same pair is listed twice")
-        return merges
-
-    def _check_normalizer(self) -> None:
-        for step in _steps(self.json.get("normalizer"), "normalizers"):
-            kind = step.get("type")
-            if kind != "NFC":
-                self.fail(f"normalizer {kind!r}: llama.cpp does not normalise; ids would differ")
-            self.warnings.append(
-                "the tokenizer normalises text to NFC and llama.cpp does not: text in another "
-                "form (decomposed accents) gets other ids unless it is normalised first"
-            )
-
-    def _pre_tokenizer(self, ignore_merges: bool) -> str:
-        expressions: list[str] = []
-        steps = _steps(self.json.get("pre_tokenizer"), "pretokenizers")
-        for i, step in enumerate(steps):
-            kind = step.get("type")
-            if kind == "Split":
-                expressions.append(self._split(step))
-            elif kind == "Digits" and step.get("individual_digits") is True:
-                expressions.append(r"\p{N}")
-            elif kind == "ByteLevel" and i == len(steps) - 1:
-                if step.get("add_prefix_space") is True:
-                    self.fail("pre_tokenizer: add_prefix_space is not supported")
-                if step.get("use_regex", True) is True:
-                    expressions.append(_GPT2)
-            else:
-                self.fail(f"pre_tokenizer: step {kind!r} is not supported")
-        if not steps or steps[-1].get("type") != "ByteLevel":
-            self.fail("pre_tokenizer: does not end in ByteLevel; only byte-level BPE is supported")
-        pre = PRE_TOKENIZERS.get((tuple(expressions), ignore_merges))
-        if pre is None:
-            self.fail(
-                f"pre_tokenizer: llama.cpp has none known to split like {expressions!r} with "
-                f"ignore_merges {str(ignore_merges).lower()}"
-            )
-        return pre
-
-    def _split(self, step: Mapping[str, Any]) -> str:
-        pattern = step.get("pattern")
-        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        behavior, invert = step.get("behavior"), step.get("invert") is True
-        # Isolated keeps matches and what lies between; for expressions that match everything,
-        # keeping only the matches (Removed, inverted) is the same.
-        if not isinstance(regex, str) or (behavior, invert) not in (
-            ("Isolated", False),
-            ("Removed", True),
-        ):
-            self.fail(f"pre_tokenizer: Split {pattern!r} ({behavior}) is not supported")
-        return regex.replace("\r", r"\r").replace("\n", r"\n")
+    def _other_forms(self) -> str:
+        found = [p.name for form in _FORMS for p in sorted(self.folder.glob(form))]
+        here = f", only {few(found)}" if found else ""
+        return (
+            f"{here}; make one with transformers: AutoTokenizer.from_pretrained(FOLDER)"
+            ".save_pretrained(FOLDER), where FOLDER holds all of the model's tokenizer files"
+        )
 
     # --- tokens ---
 
-    def _added_tokens(self, vocab: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    def _added_tokens(self, vocab: Mapping[str, int]) -> dict[str, _Added]:
         """Added tokens by text, from tokenizer.json and tokenizer_config.json together."""
         entries = self.json.get("added_tokens") or []
-        if not isinstance(entries, list) or not all(map(_is_added, entries)):
+        if not isinstance(entries, list):
             self.fail("added_tokens: expected a list of objects with an id and a content")
-        added = {e["content"]: e for e in entries}
-        if len(added) != len(entries) or len({e["id"] for e in entries}) != len(entries):
+        tokens = [_added(e) for e in entries]
+        if None in tokens:
+            self.fail("added_tokens: expected a list of objects with an id and a content")
+        listed = [t for t in tokens if t is not None]
+        added = {t.text: t for t in listed}
+        if len(added) != len(listed) or len({t.id for t in listed}) != len(listed):
             self.fail("added_tokens: two entries share an id or a text")
-        texts = {e["id"]: e["content"] for e in entries}
+        texts = {t.id: t.text for t in listed}
         decoder = self.config.get("added_tokens_decoder")
         for key, entry in decoder.items() if isinstance(decoder, dict) else ():
-            entry = {**entry, "id": int(key)} if isinstance(entry, dict) and key.isdecimal() else {}
-            if not _is_added(entry):
-                self.fail(f"tokenizer_config.json: added_tokens_decoder: {key!r} is malformed")
-            text = entry["content"]
-            known = added.get(text)
-            if texts.get(entry["id"], text) != text or (known and known["id"] != entry["id"]):
+            known = isinstance(entry, dict) and key.isdecimal()
+            token = _added({**entry, "id": int(key)}) if known else None
+            if token is None:
+                self.fail(f"added_tokens_decoder: {key!r} is malformed", TOKENIZER_CONFIG)
+            other = added.setdefault(token.text, token)
+            if texts.get(token.id, token.text) != token.text or other.id != token.id:
                 self.fail(
-                    f"tokenizer_config.json gives id {key} to {text!r}; tokenizer.json disagrees"
+                    f"gives id {key} to {token.text!r}; {TOKENIZER} disagrees", TOKENIZER_CONFIG
                 )
-            added.setdefault(text, entry)
-        for text, entry in added.items():
-            if vocab.get(text, entry["id"]) != entry["id"]:
+        for token in added.values():
+            if vocab.get(token.text, token.id) != token.id:
                 self.fail(
-                    f"added token {text!r} has id {entry['id']}, and id {vocab[text]} in the vocab"
+                    f"added token {token.text!r} has id {token.id}, and id {vocab[token.text]} in "
+                    "the vocab"
                 )
-            for flag in ("lstrip", "rstrip", "single_word"):
-                if entry.get(flag) is True:
-                    self.fail(
-                        f"added token {text!r} has {flag}; llama.cpp ignores that and ids would "
-                        "differ"
-                    )
+        if added.pop("", None):
+            self.warnings.append("an added token is empty, and was left out, as in tokenizers")
         return added
 
-    def _tokens(
-        self, vocab: Mapping[str, int], added: Mapping[str, Mapping[str, Any]], vocab_size: int
-    ) -> tuple[list[str], list[int]]:
+    def _numbered(self, vocab: Mapping[str, int], added: Mapping[str, _Added]) -> dict[str, int]:
+        """Every token of tokenizer.json -> the id that the `tokenizers` library gives it.
+
+        It does not read the ids of added tokens, and counts on from the size of the vocab.
+        """
+        numbered: dict[str, int] = {}
+        for token in added.values():
+            following = max(len(vocab), max(numbered.values(), default=-1) + 1)
+            numbered[token.text] = vocab.get(token.text, following)
+        moved = [t for t in added.values() if numbered[t.text] != t.id]
+        ids = [t.id for t in added.values() if t.text not in vocab]
+        if moved:
+            token, theirs = moved[0], numbered[moved[0].text]
+            differs = (
+                f"added token {token.text!r} has id {token.id}, and the tokenizers library, which "
+                f"numbers added tokens itself, gives it {theirs}"
+            )
+            # No hole before the token, which the library would close: another order.
+            if ids != sorted(ids) or any(numbered[t.text] > t.id for t in moved):
+                self.fail(
+                    f"{differs}: list the added tokens by their ids, and those with an id below "
+                    f"{len(vocab)} in model.vocab"
+                )
+            self.warnings.append(
+                f"{differs}, because there is a hole in the ids before it. The file's ids are "
+                "converted. To have the library give them too, list the token in model.vocab"
+            )
+        listed = {e["content"] for e in self.json.get("added_tokens") or []}
+        return {**vocab, **{text: i for text, i in numbered.items() if text in listed}}
+
+    def _check_flags(self, added: Mapping[str, _Added], templates: Mapping[str, str]) -> None:
+        for token in added.values():
+            if not token.where:
+                continue
+            flagged = f"added token {token.text!r} has {' and '.join(token.where)}"
+            if any(token.text in template for template in templates.values()):
+                self.fail(
+                    f"{flagged}; llama.cpp ignores that, and ids would differ in every "
+                    "conversation, since the chat template writes the token"
+                )
+            self.warnings.append(
+                f"{flagged}, which llama.cpp ignores: ids differ in texts that spell it"
+            )
+
+    def _by_id(
+        self, vocab: Mapping[str, int], added: Mapping[str, _Added], vocab_size: int
+    ) -> dict[int, str]:
+        """The tokens by id. There may be holes."""
         by_id: dict[int, str] = {}
-        for text, i in [*vocab.items(), *((t, e["id"]) for t, e in added.items())]:
+        for text, i in [*vocab.items(), *((t, token.id) for t, token in added.items())]:
             other = by_id.setdefault(i, text)
             if other != text:
                 self.fail(f"id {i} belongs to both {other!r} and {text!r}")
-        count = len(by_id)
-        if holes := [i for i in range(count) if i not in by_id]:
-            self.fail(
-                f"no token has id {holes[0]}, and there are ids beyond; ids must be contiguous"
-            )
+        count = max(by_id, default=-1) + 1
         if count > vocab_size:
-            self.fail(f"{count} tokens; config.json has vocab_size = {vocab_size}")
-        tokens = [by_id[i] for i in range(count)]
-        if "" in by_id.values():
-            self.fail("a token is empty, which llama.cpp does not support")
-        types = [
-            (CONTROL if added[t].get("special") is True else USER_DEFINED) if t in added else NORMAL
-            for t in tokens
-        ]
-        return tokens, types
+            self.fail(
+                f"{count} tokens, by their ids; {CONFIG} has vocab_size = {vocab_size}, the rows "
+                "of the embedding. Either the tokenizer is another model's, or tokens were added "
+                "and resize_token_embeddings was not called, or not saved. Use the "
+                "tokenizer that the weights were trained with"
+            )
+        for i, text in by_id.items():
+            if not _is_text(text):
+                self.fail(f"token {i} is {text!r}, half of a surrogate pair and no text")
+        if holes := sorted(set(range(count)).difference(by_id)):
+            self.warnings.append(
+                f"no token has id {few(list(map(str, holes)))}; unused tokens fill the holes"
+            )
+        for i in [i for i, text in by_id.items() if not text]:
+            del by_id[i]
+            self.warnings.append(f"token {i} is empty; an unused token takes its place")
+        return by_id
 
-    @staticmethod
-    def _padding(ids: Mapping[str, int], start: int, end: int) -> list[str]:
-        names = []
-        for i in range(start, end):
-            name = f"[PAD{i}]"
-            while name in ids:
-                name = f"[{name}]"
-            names.append(name)
-        return names
+    def _types(
+        self, ids: Mapping[str, int], added: Mapping[str, _Added], special: Mapping[str, int]
+    ) -> dict[int, int]:
+        """Types by id. transformers finds every token in texts that a companion calls special."""
+        types = dict.fromkeys(ids.values(), NORMAL)
+        for token in added.values():
+            types[token.id] = CONTROL if token.special else USER_DEFINED
+        for name, text in self._called_special():
+            if text in ids:
+                types[ids[text]] = CONTROL
+            else:
+                self.warnings.append(f"{name}: special token {text!r} is not a token; left out")
+        for key in ("bos", "eos"):
+            if self._named(key, ids, warn=False) is not None:
+                types[special[key]] = CONTROL
+        return types
 
-    def _check_overlaps(self, added: Mapping[str, Mapping[str, Any]]) -> None:
+    def _called_special(self) -> list[tuple[str, str]]:
+        """(file, text) of the special tokens that have no name of their own."""
+        found: list[tuple[str, str]] = []
+        for name, values in self.texts.items():
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                listed = values.get(key) or []
+                listed = list(listed.values()) if isinstance(listed, dict) else listed
+                if not isinstance(listed, list):
+                    self.fail(f"{key}: expected a list of tokens", name)
+                texts = [e.get("content") if isinstance(e, dict) else e for e in listed]
+                for text in texts:
+                    if not isinstance(text, str):
+                        self.fail(f"{key}: {clip(text)} is not a token", name)
+                    found.append((name, text))
+        return found
+
+    def _filled(
+        self, by_id: Mapping[int, str], types: Mapping[int, int], vocab_size: int
+    ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Texts and types of `vocab_size` tokens, with unused ones where there are none."""
+        taken = set(by_id.values())
+        tokens: list[str] = []
+        for i in range(vocab_size):
+            text = by_id.get(i, f"[PAD{i}]")
+            while i not in by_id and text in taken:
+                text = f"[{text}]"
+            tokens.append(text)
+        padding = vocab_size - 1 - max(by_id, default=-1)
+        if padding:
+            self.warnings.append(
+                f"the vocabulary was padded by {padding} unused tokens to vocab_size"
+            )
+        return tuple(tokens), tuple(types.get(i, UNUSED) for i in range(vocab_size))
+
+    def _check_overlaps(self, added: Mapping[str, _Added]) -> None:
         """llama.cpp finds the longest added token first, `tokenizers` the leftmost."""
         starts = {t[:n] for t in added for n in range(1, len(t))}
         for text in added:
@@ -320,20 +314,39 @@ class _Builder:
                 )
                 return
 
+    def _check_companions(self, bpe: BPE, ids: Mapping[str, int]) -> None:
+        """Older files that transformers reads no more where there is a tokenizer.json."""
+        stale = "differs from tokenizer.json, which is followed, as transformers does"
+        for name in (ADDED, "vocab.json"):
+            for text, i in (read_object(self.folder / name, TokenizerError) or {}).items():
+                if ids.get(text) != i:
+                    self.warnings.append(f"{name} gives id {clip(i)} to {clip(text)}: it {stale}")
+                    break
+        merges = self.folder / "merges.txt"
+        if merges.is_file():
+            lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
+            listed = [x for x in lines if x.strip() and not x.startswith("#version")]
+            if tuple(line.rstrip("\r") for line in listed) != bpe.merges:
+                self.warnings.append(f"{merges.name} {stale}")
+
     # --- special tokens ---
 
     def _special(
-        self, ids: Mapping[str, int], added: Mapping[str, Any], templates: Mapping[str, str]
+        self, ids: Mapping[str, int], vocab_size: int, templates: Mapping[str, str]
     ) -> dict[str, int]:
         special: dict[str, int] = {}
         for name, key in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
-            if (i := self._named(key, ids)) is not None:
+            if (i := self._named(key, ids)) is None:
+                i = self._by_number(key, vocab_size)
+            if i is not None:
                 special[name] = i
-        ends = [i for i in self._ends(len(ids)) if i != special.get("eos")]
+        ends = [i for i in self._ends(vocab_size) if i != special.get("eos")]
         if "eos" not in special:
             if not ends:
-                self.fail("no end-of-text token: neither tokenizer_config.json nor "
-                          "generation_config.json names an eos token")  # fmt: skip
+                self.fail(
+                    f"no end-of-text token: neither {TOKENIZER_CONFIG} nor {GENERATION} names an "
+                    "eos token"
+                )
             special["eos"] = ends.pop(0)
         # The chat template's end of turn stops an answer too, whatever the lists forgot.
         turn_end = ids.get("<|turn_end|>")
@@ -351,35 +364,69 @@ class _Builder:
         special.setdefault("bos", special["eos"])
         return special
 
-    def _named(self, key: str, ids: Mapping[str, int]) -> int | None:
-        for named, name in ((self.config, "tokenizer_config"), (self.map, "special_tokens_map")):
-            value = named.get(f"{key}_token")
+    def _named(self, key: str, ids: Mapping[str, int], warn: bool = True) -> int | None:
+        """The token that the tokenizer's own files name as `key`."""
+        found: dict[str, str] = {}
+        for name, values in self.texts.items():
+            value = values.get(f"{key}_token")
             text = value.get("content") if isinstance(value, dict) else value
             if text is None:
                 continue
-            if not isinstance(text, str) or text not in ids:
-                self.fail(f"{name}.json: {key}_token {text!r} is not a token")
-            return ids[text]
-        for source in (self.generation, self.model_config):
-            value = source.get(f"{key}_token_id")
-            if type(value) is int and 0 <= value < len(ids):
+            if isinstance(text, str) and text in ids:
+                found[name] = text
+            elif key in ("bos", "eos"):
+                self.fail(f"{key}_token {text!r} is not a token", name)
+            elif warn:
+                self.warnings.append(
+                    f"{name}: {key}_token {text!r} is not a token; it is left out, and no text or "
+                    "answer needs it"
+                )
+        if warn and len(set(found.values())) > 1:
+            listed = " and ".join(f"{text!r} in {name}" for name, text in found.items())
+            self.warnings.append(f"{key}_token is {listed}; the former is followed")
+        return next((ids[text] for text in found.values()), None)
+
+    def _by_number(self, key: str, vocab_size: int) -> int | None:
+        for name, values in self.ids.items():
+            value = values.get(f"{key}_token_id")
+            if type(value) is int and 0 <= value < vocab_size:
                 return value
+            if value is not None and key != "eos":
+                self.warnings.append(
+                    f"{name}: {key}_token_id {clip(value)} is not a token id; left out"
+                )
         return None
 
-    def _ends(self, count: int) -> list[int]:
-        for source in (self.generation, self.model_config):
-            value = source.get("eos_token_id")
+    def _ends(self, vocab_size: int) -> list[int]:
+        for name, values in self.ids.items():
+            value = values.get("eos_token_id")
             listed = value if isinstance(value, list) else [value]
             if value is not None:
-                if any(type(i) is not int or not 0 <= i < count for i in listed):
-                    self.fail(f"eos_token_id {value!r}: not a token id, or a list of them")
+                if any(type(i) is not int or not 0 <= i < vocab_size for i in listed):
+                    self.fail(
+                        f"eos_token_id {clip(value)}: not a token id, or a list of them; there "
+                        f"are {vocab_size} tokens",
+                        name,
+                    )
                 return list(dict.fromkeys(listed))
         return []
+
+    def _without_bos(self, templates: Mapping[str, str]) -> dict[str, str]:
+        """Templates that write nothing for the begin of text, as where no file names a token."""
+        found = dict(templates)
+        for name, template in templates.items():
+            if re.search(r"\bbos_token\b", template):
+                found[name] = "{% set bos_token = '' %}" + template
+                self.warnings.append(
+                    f"the chat template {name!r} writes bos_token and no file names one: it was "
+                    "made to write nothing, as with transformers, where llama.cpp would write eos"
+                )
+        return found
 
     def _post_processor(self, special: Mapping[str, int]) -> tuple[bool, bool]:
         """Whether bos and eos are added around a text."""
         bos = eos = False
-        for step in _steps(self.json.get("post_processor"), "processors"):
+        for step in steps(self.json.get("post_processor"), "processors"):
             kind = step.get("type")
             if kind == "ByteLevel":
                 continue
@@ -393,12 +440,13 @@ class _Builder:
                     "post_processor: adds other tokens than bos before and eos after the text"
                 )
             bos, eos = bos or bool(before), eos or bool(after)
-        wanted = self.config.get("add_bos_token")
-        if isinstance(wanted, bool) and wanted != bos:
-            self.warnings.append(
-                f"tokenizer_config.json says add_bos_token = {str(wanted).lower()} and "
-                f"tokenizer.json does {'' if bos else 'not '}add it; tokenizer.json is followed"
-            )
+        for key, does in (("bos", bos), ("eos", eos)):
+            wanted = self.config.get(f"add_{key}_token")
+            if isinstance(wanted, bool) and wanted != does:
+                self.warnings.append(
+                    f"{TOKENIZER_CONFIG} says add_{key}_token = {str(wanted).lower()} and "
+                    f"{TOKENIZER} does {'' if does else 'not '}add it; {TOKENIZER} is followed"
+                )
         return bos, eos
 
     def _template_ids(self, single: Any, known: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -415,43 +463,21 @@ class _Builder:
             self.fail("post_processor: TemplateProcessing is malformed")
         return before, after
 
-    def _templates(self) -> dict[str, str]:
-        """Chat templates: a .jinja file wins over a .json file wins over tokenizer_config.json."""
-        path = self.folder / "chat_template.jinja"
-        try:
-            return {"default": path.read_text(encoding="utf-8")}
-        except FileNotFoundError:
-            pass
-        except (OSError, UnicodeDecodeError) as e:
-            raise TokenizerError(f"{path}: cannot be read: {e}") from None
-        raw = (read_object(self.folder / "chat_template.json", TokenizerError) or {}).get(
-            "chat_template"
-        )
-        raw = raw or self.config.get("chat_template")
-        if raw is None:
-            self.warnings.append("the checkpoint has no chat template")
-            return {}
-        if isinstance(raw, str):
-            return {"default": raw}
-        entries = [e if isinstance(e, dict) else {} for e in raw] if isinstance(raw, list) else [{}]
-        if not all(isinstance(e.get(k), str) for e in entries for k in ("name", "template")):
-            self.fail("chat_template: expected a string, or a list of {name, template}")
-        return {re.sub(r"\W", "_", e["name"]): e["template"] for e in entries}
+
+def _added(entry: Any) -> _Added | None:
+    """The added token that `entry` describes; None if it describes none."""
+    if not isinstance(entry, dict):
+        return None
+    text, i = entry.get("content"), entry.get("id")
+    if not isinstance(text, str) or type(i) is not int or i < 0:
+        return None
+    flags = tuple(f for f in ("lstrip", "rstrip", "single_word") if entry.get(f) is True)
+    return _Added(text, i, entry.get("special") is True, flags)
 
 
-def _steps(node: Any, children: str) -> list[dict[str, Any]]:
-    """Flatten a `Sequence` of normalizers, pre-tokenizers or post-processors."""
-    if not isinstance(node, dict):
-        return []
-    if node.get("type") != "Sequence":
-        return [node]
-    return [s for child in node.get(children) or [] for s in _steps(child, children)]
-
-
-def _is_added(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("content"), str)
-        and type(entry.get("id")) is int
-        and entry["id"] >= 0
-    )
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

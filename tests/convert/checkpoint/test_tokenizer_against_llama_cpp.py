@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import megrez_gguf
-from megrez_gguf.checkpoint.tokenizer import PRE_TOKENIZERS
+from megrez_gguf.checkpoint.bpe import PRE_TOKENIZERS
 from support.checkpoints import edit_json
 from support.marks import loop_takes
 from support.paths import MULTILINGUAL, REPO
