@@ -18,7 +18,7 @@ from megrez_gguf.checkpoint.json_file import read_object
 from megrez_gguf.checkpoint.tokenizer_judge import judge
 from megrez_gguf.errors import TokenizerError
 from megrez_gguf.format.writer import KeyValues
-from megrez_gguf.text import clip, few
+from megrez_gguf.text import clip, few, is_unicode
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -241,7 +241,7 @@ class _Builder:
                 "tokenizer that the weights were trained with"
             )
         for i, text in by_id.items():
-            if not _is_text(text):
+            if not is_unicode(text):
                 self.fail(f"token {i} is {text!r}, half of a surrogate pair and no text")
         if holes := sorted(set(range(count)).difference(by_id)):
             self.warnings.append(
@@ -473,11 +473,3 @@ def _added(entry: Any) -> _Added | None:
         return None
     flags = tuple(f for f in ("lstrip", "rstrip", "single_word") if entry.get(f) is True)
     return _Added(text, i, entry.get("special") is True, flags)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
