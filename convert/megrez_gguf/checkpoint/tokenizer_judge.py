@@ -14,8 +14,9 @@ from megrez_gguf.errors import TokenizerError
 from megrez_gguf.storage.opening import opened
 from megrez_gguf.text import clip
 
-# Words that are cut into tokens both ways; a few thousand take less than a tenth of a second.
-_WORDS = 2000
+# Tokens that are cut both ways, alone and in pairs: with 128,880 tokens a tenth of the time it
+# takes the library to read the file.
+_WORDS = 400
 
 
 def judge(path: Path, bpe: BPE, ids: Mapping[str, int]) -> None:
@@ -43,12 +44,12 @@ def judge(path: Path, bpe: BPE, ids: Mapping[str, int]) -> None:
             "install a current tokenizers if this one is older than the file"
         ) from None
     theirs = tokenizer.get_vocab(with_added_tokens=True)
-    for token in sorted(theirs.keys() | ids.keys(), key=lambda t: (theirs.get(t, -1), t)):
-        if theirs.get(token) != ids.get(token):
-            raise TokenizerError(
-                f"{path}: {library} gives {clip(token)} {_id(theirs.get(token))}, and read as it "
-                f"stands the file gives it {_id(ids.get(token))}"
-            )
+    if different := [t for t in {**ids, **theirs} if theirs.get(t) != ids.get(t)]:
+        token = different[0]
+        raise TokenizerError(
+            f"{path}: {library} gives {clip(token)} {_id(theirs.get(token))}, and read as it "
+            f"stands the file gives it {_id(ids.get(token))}"
+        )
     merge = _Merge(bpe)
     for word in _words(bpe):
         expected = [token.id for token in tokenizer.model.tokenize(word)]

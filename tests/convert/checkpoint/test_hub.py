@@ -89,6 +89,15 @@ def test_only_what_is_needed(server: HubServer, client: Client, kind: str) -> No
     assert not set(server.asked) & set(shards)
 
 
+def test_the_folder_of_further_templates(server: HubServer, client: Client, kind: str) -> None:
+    folder = "additional_chat_templates"
+    server.files |= {f"{folder}/rag.jinja": b"{{ 1 }}", f"{folder}/rag.py": b"raise SystemExit"}
+    done = client(f"{kind}:{REPOSITORY}")
+    assert done.returncode == 0, done.stderr
+    assert GGUFFile.open(client.out).values["tokenizer.chat_template.rag"] == "{{ 1 }}"
+    assert f"{folder}/rag.py" not in server.asked
+
+
 def test_another_kind_of_model_is_refused_before_its_weights(
     server: HubServer, client: Client, kind: str
 ) -> None:
