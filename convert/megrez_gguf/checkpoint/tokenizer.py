@@ -139,7 +139,7 @@ class _Builder:
         found = [p.name for form in _FORMS for p in sorted(self.folder.glob(form))]
         here = f", only {few(found)}" if found else ""
         return (
-            f"{here}; make one with transformers: AutoTokenizer.from_pretrained(FOLDER)"
+            f"{here}; save the tokenizer with transformers: AutoTokenizer.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER), where FOLDER holds all of the model's tokenizer files"
         )
 

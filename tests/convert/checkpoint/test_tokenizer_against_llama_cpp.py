@@ -265,3 +265,39 @@ def test_json_is_what_tokenizers_wrote(folder: Path) -> None:
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert isinstance(raw["model"]["merges"][0], list)
     assert raw["pre_tokenizer"]["pretokenizers"][0]["type"] == "Split"
+
+
+def twice(raw: dict[str, Any]) -> None:
+    """Early merges once more, much later: the library takes the later place."""
+    merges = raw["model"]["merges"]
+    merges[600:600] = merges[:40]
+
+
+def holes(raw: dict[str, Any]) -> None:
+    """Without tokens that no merge makes others of, and with all ids in the vocab."""
+    model = raw["model"]
+    used = {part for merge in model["merges"] for part in merge}
+    made = ["".join(merge) for merge in model["merges"]]
+    gone = [token for token in made if token not in used][::5]
+    for token in gone:
+        del model["vocab"][token]
+    model["merges"] = [m for m in model["merges"] if "".join(m) not in gone]
+    model["vocab"] |= {e["content"]: e["id"] for e in raw["added_tokens"]}
+
+
+def unknown(raw: dict[str, Any]) -> None:
+    raw["model"] |= {"unk_token": "a", "fuse_unk": True, "byte_fallback": True}
+
+
+@pytest.mark.parametrize("change", [twice, holes, unknown])
+def test_what_is_taken_with_a_warning_makes_the_same_ids(
+    folder: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    key = next(k for k, pre in PRE_TOKENIZERS.items() if pre == "megrez")
+    train(*key).save(str(folder / "tokenizer.json"))
+    before = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    edit_json(folder / "tokenizer.json", change)
+    pair = convert(folder)
+    for line in CORPUS.splitlines(keepends=True):
+        same(pair, f"{SPECIAL[2]}user{SPECIAL[3]}{line}{SPECIAL[4]}[user]  ")
+    assert change is unknown or pair[0].encode(CORPUS).ids != before.encode(CORPUS).ids
