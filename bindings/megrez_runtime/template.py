@@ -65,7 +65,16 @@ class ChatTemplate:
         self._control = {self._text(i) for i in range(llm.n_vocab()) if self._attr(i) & control}
         self._control.discard("")
         self._defined: set[str] = set()
-        self._turn_end = self._probe()
+        # Some templates take a message as a list of parts, and overlook one that is a text.
+        self._in_parts = False
+        try:
+            self._turn_end = self._probe()
+        except GGUFError as e:
+            self._in_parts = True
+            try:
+                self._turn_end = self._probe()
+            except GGUFError:
+                raise e from None
         # Control tokens are never read from plain text, user-defined ones always are: those that
         # the template writes are kept from forming by a seam behind their first character.
         self._seams = _any_of(self._defined, r"(?<={})(?={})")
@@ -145,7 +154,10 @@ class ChatTemplate:
         return next((i for i in ends if self._attr(i) & special), None)
 
     def _render(self, messages: Sequence[Message], texts: Sequence[str], opened: bool) -> str:
-        said = [{"role": m.role, "content": t} for m, t in zip(messages, texts, strict=True)]
+        said = [
+            {"role": m.role, "content": [{"type": "text", "text": t}] if self._in_parts else t}
+            for m, t in zip(messages, texts, strict=True)
+        ]
         self._formatter.add_generation_prompt = opened
         try:
             prompt: str = self._formatter(messages=said).prompt

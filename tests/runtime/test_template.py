@@ -166,6 +166,13 @@ def test_a_template_may_demand_a_system_prompt(make: Make) -> None:
         template.encode(said(template, SAID[1:]))
 
 
+def test_a_template_may_take_messages_in_parts(make: Make) -> None:
+    parts = "m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join"
+    llm = with_template(make, LOOP % (BODY % parts))
+    ids = ChatTemplate(llm).encode(said(ChatTemplate(llm), SAID))
+    assert ids == llm.tokenize(builtin(SAID, False), add_bos=False, special=True)
+
+
 @pytest.mark.parametrize(
     ("edit", "change"),
     [
