@@ -194,6 +194,36 @@ def test_tokens_are_those_of_transformers(pair: Any, source: str, messages: list
         assert template.encode([Message(m.role, m.text, ()) for m in said]) == expected
 
 
+KEEPS = LOOP % (EDITS[5] + BODIES[4]) + TAILS[0]
+DROPS = LOOP % (EDITS[1] + BODIES[4]) + TAILS[0]
+
+
+@pytest.mark.parametrize("pair", ["added"], indirect=True)
+def test_tags_of_reasoning_that_are_tokens(pair: Any) -> None:
+    """Where the template writes them too, so that a user's are kept from becoming tokens."""
+    llm, tokenizer = pair
+    said: list[tuple[Role, str]] = [
+        ("user", "<think>1</think>"), ("assistant", "\n<think>2</think>\n\n3"), ("user", "4"),
+    ]  # fmt: skip
+    start, end = tokenizer.convert_tokens_to_ids(list(THINK))
+    for source in (KEEPS, DROPS):
+        template = template_of(llm, source)
+        plain = [template.message(*m) for m in said]
+        drawn = [
+            Message(m.role, m.text, tuple(tokenizer.encode(m.text)) * (m.role == "assistant"))
+            for m in plain
+        ]
+        for messages in (plain, drawn):
+            ids = template.encode(messages)
+            text = b"".join(map(template.piece, ids)).decode()
+            if source is DROPS:
+                assert text == "user<think>1</think>assistant<think></think>3user4assistant"
+                assert ids.count(start) == ids.count(end) == 1
+            else:
+                assert text == "user<think>1</think>assistant<think>2</think>\n\n3user4assistant"
+                assert ids.count(end) == (messages is drawn)
+
+
 INJECTED = st.lists(
     st.one_of(ORDINARY, st.sampled_from([*CONTROL, *(c.upper() for c in CONTROL)])),
     min_size=1,

@@ -355,6 +355,24 @@ def test_a_flag_matters_on_a_token_of_the_template(checkpoint: Path) -> None:
         read(checkpoint)
 
 
+def test_a_hole_that_the_library_closes_is_told(checkpoint: Path) -> None:
+    """It numbers added tokens from the size of the vocab, where the file has them elsewhere."""
+
+    def change(t: dict[str, Any]) -> None:
+        vocab = t["model"]["vocab"]
+        del vocab[next(text for text, i in vocab.items() if i == 300)]
+        t["model"]["merges"] = [
+            m for m in t["model"]["merges"] if all(p in vocab for p in (*m, "".join(m)))
+        ]
+
+    before = read(checkpoint)
+    edit(checkpoint, change)
+    v = read(checkpoint)
+    assert v.tokens == (*before.tokens[:300], "[PAD300]", *before.tokens[301:])
+    assert any(re.search(r"has id 315, and the .* library, .* gives it 314", w) for w in v.warnings)
+    assert any("no token has id 300; unused tokens fill the holes" in w for w in v.warnings)
+
+
 def test_holes_are_filled_with_unused_tokens(checkpoint: Path) -> None:
     """Also where the library agrees, because the added tokens are in the vocab as well."""
 
