@@ -27,6 +27,14 @@ SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 # Other forms of a tokenizer, from which transformers makes a tokenizer.json.
 _FORMS = ("tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
 
+# Settings of tokenizer_config.json that GGUF has no key for, and what they may change.
+_SETTINGS = {
+    "add_prefix_space": "some of transformers' classes begin a text with a space, and its first "
+    "word has other ids",
+    "clean_up_tokenization_spaces": "answers keep the spaces before punctuation",
+    "split_special_tokens": "special tokens that a prompt spells are found in it",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -315,7 +323,12 @@ class _Builder:
                 return
 
     def _check_companions(self, bpe: BPE, ids: Mapping[str, int]) -> None:
-        """Older files that transformers reads no more where there is a tokenizer.json."""
+        """Settings that GGUF cannot hold, and older files that give way to tokenizer.json."""
+        for key, meaning in _SETTINGS.items():
+            if self.config.get(key) is True:
+                self.warnings.append(
+                    f"{TOKENIZER_CONFIG} sets {key}, which llama.cpp does not follow: {meaning}"
+                )
         stale = "differs from tokenizer.json, which is followed, as transformers does"
         for name in (ADDED, "vocab.json"):
             for text, i in (read_object(self.folder / name, TokenizerError) or {}).items():

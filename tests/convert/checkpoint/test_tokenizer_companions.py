@@ -16,7 +16,14 @@ from hypothesis import HealthCheck, given, settings
 import megrez_gguf.checkpoint.tokenizer_judge as judging
 from megrez_gguf.checkpoint.bpe import read_bpe
 from megrez_gguf.checkpoint.documents import Documents
-from megrez_gguf.checkpoint.tokenizer import CONTROL, NORMAL, UNUSED, Vocabulary, read_vocabulary
+from megrez_gguf.checkpoint.tokenizer import (
+    _SETTINGS,
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    Vocabulary,
+    read_vocabulary,
+)
 from megrez_gguf.errors import TokenizerError
 from support.checkpoints import edit_json, set_json
 
@@ -197,6 +204,15 @@ def test_two_files_that_name_two_ends(checkpoint: Path) -> None:
     v = read(checkpoint)
     assert v.tokens[v.special["eos"]] == "<|turn_end|>"
     assert any("eos_token is '<|turn_end|>' in tokenizer_config.json and" in w for w in v.warnings)
+
+
+@pytest.mark.parametrize("key", _SETTINGS)
+def test_settings_that_gguf_cannot_hold_are_told(checkpoint: Path, key: str) -> None:
+    set_json(checkpoint / "tokenizer_config.json", **{key: False})
+    before = read(checkpoint).warnings
+    set_json(checkpoint / "tokenizer_config.json", **{key: True})
+    (warning,) = set(read(checkpoint).warnings) - set(before)
+    assert warning.startswith(f"tokenizer_config.json sets {key}, which llama.cpp does not follow")
 
 
 # --- older forms ---
