@@ -72,12 +72,3 @@ def clip(value: object, limit: int = 80) -> str:
     """How Python writes `value`, cut after `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can express `text`: JSON can hold halves of surrogate pairs."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -10,7 +10,7 @@ from typing import Any
 from megrez_gguf.checkpoint.json_file import read_object
 from megrez_gguf.errors import TokenizerError
 from megrez_gguf.storage.opening import mistaken, opened
-from megrez_gguf.text import few, is_unicode
+from megrez_gguf.text import few
 
 JINJA = "chat_template.jinja"
 JSON = "chat_template.json"
@@ -41,10 +41,6 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, s
                     f"{first} is used, as transformers does"
                 )
     for name, (place, template) in found.items():
-        if not is_unicode(template):
-            raise TokenizerError(
-                f"{folder / place}: the chat template {name!r} holds half of a surrogate pair"
-            )
         if reason := syntax_error(template):
             warnings.append(
                 f"{place}: the chat template {name!r} is not valid Jinja, so the model will run "

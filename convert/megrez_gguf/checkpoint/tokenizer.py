@@ -18,7 +18,7 @@ from megrez_gguf.checkpoint.json_file import read_object
 from megrez_gguf.checkpoint.tokenizer_judge import judge
 from megrez_gguf.errors import TokenizerError
 from megrez_gguf.format.writer import KeyValues
-from megrez_gguf.text import clip, few, is_unicode
+from megrez_gguf.text import clip, few
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -248,9 +248,6 @@ class _Builder:
                 "and resize_token_embeddings was not called, or not saved. Use the "
                 "tokenizer that the weights were trained with"
             )
-        for i, text in by_id.items():
-            if not is_unicode(text):
-                self.fail(f"token {i} is {text!r}, half of a surrogate pair and no text")
         if holes := sorted(set(range(count)).difference(by_id)):
             self.warnings.append(
                 f"no token has id {few(list(map(str, holes)))}; unused tokens fill the holes"

@@ -262,5 +262,5 @@ def test_half_a_character_is_no_token(checkpoint: Path, where: str) -> None:
             t["added_tokens"].append(added("\ud800", SIZE))
 
     edit_json(checkpoint / "tokenizer.json", change)
-    with pytest.raises(TokenizerError, match=r"is '\\ud800', half of a surrogate pair"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*half of a surrogate pair"):
         read(checkpoint)
