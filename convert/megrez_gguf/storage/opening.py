@@ -68,6 +68,11 @@ def opened(path: Path, error: type[MegrezError]) -> Iterator[tuple[BinaryIO, Sha
                     raise error(f"{path}: {what}") from None
                 raise
     except OSError as e:
+        if path.is_symlink() and not path.exists():
+            raise error(
+                f"{path}: a link to {path.readlink()}, which is not there: a download that did not "
+                f"get that far, or a cache that was moved or cleared; {AGAIN}"
+            ) from None
         raise error(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
