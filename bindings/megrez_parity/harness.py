@@ -21,7 +21,7 @@ import numpy as np
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import UNUSED, Vocabulary
-from megrez_gguf.conversion import layout, metadata
+from megrez_gguf.conversion import copies, layout, metadata
 from megrez_gguf.errors import ConfigError, GGUFError, OutputError, RuntimeUnavailableError
 from megrez_gguf.format.model_check import open_checked
 from megrez_gguf.format.reader import GGUFFile
@@ -92,7 +92,8 @@ def measure(
     bounds = Thresholds.load(thresholds)
     source = Checkpoint.find(checkpoint, revision=revision, say=say)
     config, folder = source.config, source.folder
-    layout.plan(source)  # every tensor is there, in its shape
+    # Every tensor is there, in its shape, and the same wherever it is stored.
+    copies.check(layout.plan(source).copies, say)
     corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)
     for level in levels:
         check(level, calibrated=bool(imatrix or corpus.calibration))

@@ -35,6 +35,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_gguf.conversion import layout
 from megrez_gguf.errors import CheckpointError
 
 Weights = Mapping[str, Tensor]
@@ -256,44 +258,42 @@ def linear(weights: Weights, name: str, h: Tensor) -> Tensor:
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """The tensors of a checkpoint folder under their names, read and upcast at each access.
+    """What a checkpoint's model is made of under published names, read and upcast at each access.
 
     No copy is kept, so a checkpoint larger than memory can be run; `dict(...)` loads a small one.
     What was read stays mapped, and resident, until `reopen()`.
-    Raises CheckpointError when the folder has no readable `*.safetensors`.
+    Raises ConfigError and CheckpointError as `Checkpoint.open` and `layout.plan` do.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self.dtype = folder, dtype
-        self._home: dict[str, Any] = {}  # tensor name -> the open shard that holds it
+        self.dtype = dtype
+        self._stored = layout.plan(Checkpoint.open(folder)).weights
         self.reopen()
 
     def reopen(self) -> None:
         """Open the shards anew, which unmaps all that no tensor still uses."""
-        self._home.clear()
-        for path in sorted(self.folder.glob("*.safetensors")):
+        self._open: dict[Path, Any] = {}
+        for path in {tensor.shard.path for tensor in self._stored.values()}:
             try:
-                shard: Any = safe_open(path, framework="pt")
+                self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as e:
                 raise CheckpointError(f"{path}: cannot be read as safetensors: {e}") from None
-            self._home.update(dict.fromkeys(shard.keys(), shard))
-        if not self._home:
-            raise CheckpointError(f"{self.folder}: no *.safetensors file in this folder")
 
     @property
     def parameters(self) -> int:
         """Elements of all tensors."""
-        return sum(math.prod(s.get_slice(n).get_shape()) for n, s in self._home.items())
+        return sum(tensor.size for tensor in self._stored.values())
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._home[name].get_tensor(name)
+        stored = self._stored[name]
+        tensor: Tensor = self._open[stored.shard.path].get_tensor(stored.name)
         return tensor.to(self.dtype)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._home
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self._stored)

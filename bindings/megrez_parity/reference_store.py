@@ -38,7 +38,7 @@ from torch import Tensor
 
 from megrez_gguf.checkpoint import config as config_module
 from megrez_gguf.checkpoint.config import ModelConfig
-from megrez_gguf.errors import CheckpointError, OutputError
+from megrez_gguf.errors import OutputError
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.text import Say
 from megrez_llama.nodes import ENTERS
@@ -120,7 +120,7 @@ class StoredReference:
     def run(self) -> None:
         """Compute what is not there yet, and read the totals.
 
-        Raises OutputError when the folder cannot be written, CheckpointError for a missing tensor.
+        Raises OutputError when the folder cannot be written.
         """
         stages = [f"layer-{i:02}" for i in range(self._config.num_hidden_layers)] + ["head"]
         self.cached = all(self._record(stage) for stage in stages)
@@ -135,8 +135,6 @@ class StoredReference:
                 raise OutputError(
                     f"{self.folder}: the reference cannot be kept: {reason}"
                 ) from None
-            except KeyError as e:
-                raise CheckpointError(f"{self._weights.folder}: no tensor {e.args[0]}") from None
             finally:
                 torch.set_num_threads(threads)
                 self._weights.reopen()

@@ -51,7 +51,7 @@ _BLOCK = 32  # neighbouring tokens taken as one observation
 def routers(config: ModelConfig, checkpoint: Path) -> dict[str, Tensor]:
     """Weights and biases of all routers under their published names, in float32.
 
-    Raises CheckpointError when the folder has no readable `*.safetensors`.
+    Raises ConfigError and CheckpointError as `CheckpointWeights` does.
     """
     weights = CheckpointWeights(checkpoint)
     parts = ["weight"] + ["e_score_correction_bias"] * config.has_correction_bias

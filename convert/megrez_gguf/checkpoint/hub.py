@@ -12,15 +12,16 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from megrez_gguf.checkpoint.chat_templates import FOLDER, JINJA, JSON
 from megrez_gguf.checkpoint.documents import CONFIG, GENERATION, INDEX
-from megrez_gguf.checkpoint.hub_clients import HUBS, Hub, HubName, chain, is_disk_full
+from megrez_gguf.checkpoint.hub_clients import HUBS, Hub, HubName, Kind, chain, is_disk_full
 from megrez_gguf.checkpoint.location import Location, origin
+from megrez_gguf.checkpoint.shard_set import SUFFIX
 from megrez_gguf.errors import SourceError
 from megrez_gguf.text import Say, few, silent
 
@@ -38,6 +39,10 @@ SMALL_FILES = (
     "tokenizer_config.json",
 )
 
+Announced = Callable[[Path, Collection[str]], tuple[Sequence[str], int | None]]
+"""Tells what shards a model has, and their bytes if that is known, from the folder of its small
+files and the names of all files of its repository."""
+
 # What both hubs allow. A revision becomes part of a path in their caches.
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(.*))?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w./+-]*", re.ASCII)
@@ -48,7 +53,7 @@ _FILES = (".gguf", ".safetensors", ".json")
 
 def resolve(
     source: str | os.PathLike[str],
-    announced: Callable[[Path], tuple[Sequence[str], int | None]],
+    announced: Announced,
     *,
     revision: str | None = None,
     say: Say = silent,
@@ -57,9 +62,9 @@ def resolve(
 
     What exists here wins. Otherwise "owner/name" and "hf:owner/name" are repositories on Hugging
     Face and "modelscope:owner/name" one on ModelScope; "@REVISION" after the id does the same as
-    `revision`. A `Path` is never an id. `announced` tells what shards a fetched folder without its
-    weights should have, and their bytes, or raises for another kind of model. `say` gets one line
-    before weights are fetched; progress bars go to stderr, and nothing to stdout.
+    `revision`. A `Path` is never an id. `announced` tells what shards to fetch, or raises for
+    another kind of model. `say` gets one line before weights are fetched; progress bars go to
+    stderr, and nothing to stdout.
 
     Raises SourceError: no such path or repository, no access, no network, no space, a download that
     stopped, or a client library that is not installed. What `announced` raises comes before weights
@@ -112,31 +117,40 @@ def _parse(source: str | os.PathLike[str], revision: str | None) -> _Wanted:
 # --- fetching ----------------------------------------------------------------------------------
 
 
-def _fetch(
-    wanted: _Wanted, announced: Callable[[Path], tuple[Sequence[str], int | None]], say: Say
-) -> Location:
+def _fetch(wanted: _Wanted, announced: Announced, say: Say) -> Location:
     folder = _download(wanted, wanted.revision, SMALL_FILES, say)
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{wanted}: holds no config.json; give the repository with the original safetensors "
             "weights, not one of GGUF files or an adapter"
         )
-    names, total = announced(folder)
     found = origin(folder)
     # On the commit the small files came from: a branch may move between the two.
     revision = found.revision if wanted.hub == "huggingface" else wanted.revision
+    names, total = announced(folder, _files(wanted, revision, folder))
     if any(not (folder / name).is_file() for name in names):
         size = f", {total / 2**20:,.1f} MiB" if total else ""
         say(f"fetching {wanted}: {len(names)} shard{'s' * (len(names) > 1)}{size}, to {folder}")
     # A name may hold what is special in a pattern.
     _download(wanted, revision, [glob.escape(name) for name in names], say)
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise SourceError(
-            f"{wanted}: {few(missing)} not found in "
-            f"the repository; weights must be safetensors, in one file or as {INDEX} names them"
-        )
+        raise SourceError(f"{wanted}: {few(missing)} did not come; run this again")
     # The name of an older client's ModelScope cache folder tells nothing.
     return Location(folder, wanted.hub, wanted.repository, found.revision or wanted.revision)
+
+
+def _files(wanted: _Wanted, revision: str | None, folder: Path) -> list[str]:
+    """The names of the files of a repository, or of those in the cache where it cannot be asked."""
+    hub = HUBS[wanted.hub]
+    try:
+        with redirect_stdout(sys.stderr):
+            return [path for path in hub.files(wanted.repository, revision) if "/" not in path]
+    except Exception as e:
+        # The client has just fetched from there, or from its cache without network.
+        cached = [path.name for path in folder.iterdir()]
+        if any(name.endswith(SUFFIX) for name in cached):
+            return cached
+        raise SourceError(f"{wanted}: {_reason(hub, wanted, e, 'offline')}") from e
 
 
 def _download(wanted: _Wanted, revision: str | None, patterns: Sequence[str], say: Say) -> Path:
@@ -159,10 +173,11 @@ def _download(wanted: _Wanted, revision: str | None, patterns: Sequence[str], sa
         raise SourceError(f"{wanted}: {_reason(hub, wanted, e)}") from e
 
 
-def _reason(hub: Hub, wanted: _Wanted, error: Exception) -> str:
-    """What is wrong, and what to do about it."""
+def _reason(hub: Hub, wanted: _Wanted, error: Exception, kind: Kind | None = None) -> str:
+    """What is wrong, of the `kind` the client means unless it is given, and what to do about it."""
     page = hub.page + wanted.repository
-    kind = "space" if is_disk_full(error) else hub.kind(error)
+    if kind is None:
+        kind = "space" if is_disk_full(error) else hub.kind(error)
     if kind == "unknown":
         revision = f", or not its revision {wanted.revision!r}" if wanted.revision else ""
         return (

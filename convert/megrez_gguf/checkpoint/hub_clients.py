@@ -17,8 +17,9 @@ class Hub:
     """One hub, as messages call it and as its client library is used.
 
     `download(repository, revision, patterns)` fetches the files that match, into the client's cache
-    or from there without network, and returns the folder. It raises ImportError without the client,
-    and what the client raises; `kind` says what that means.
+    or from there without network, and returns the folder. `files(repository, revision)` asks for
+    the paths of all that the repository holds. They raise ImportError without the client, and what
+    the client raises; `kind` says what that means.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Hub:
     cache: str
     """The environment variable that moves the cache."""
     download: Callable[[str, str | None, list[str]], Path]
+    files: Callable[[str, str | None], list[str]]
     kind: Callable[[Exception], Kind]
 
 
@@ -41,6 +43,12 @@ def _download_huggingface(repository: str, revision: str | None, patterns: list[
     return Path(
         snapshot_download(repository, revision=revision, allow_patterns=patterns, max_workers=1)
     )
+
+
+def _files_huggingface(repository: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi
+
+    return list(HfApi().list_repo_files(repository, revision=revision))
 
 
 def _kind_huggingface(error: Exception) -> Kind:
@@ -70,6 +78,14 @@ def _download_modelscope(repository: str, revision: str | None, patterns: list[s
     except (NetworkError, RequestTimeoutError):
         folder = api.download_repo(repository, "model", revision=revision, local_files_only=True)
     return Path(folder)
+
+
+def _files_modelscope(repository: str, revision: str | None) -> list[str]:
+    from modelscope_hub import HubApi
+
+    api = HubApi(endpoint=HubApi().resolve_endpoint_for_read(repository))
+    found = api.list_repo_files(repository, "model", revision=revision, recursive=False)
+    return [file.path for file in found]
 
 
 def _kind_modelscope(error: Exception) -> Kind:
@@ -105,10 +121,10 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 HUBS: Mapping[HubName, Hub] = {
     "huggingface": Hub(
         "Hugging Face", "https://huggingface.co/", "hub", "hf auth login", "HF_HOME",
-        _download_huggingface, _kind_huggingface,
+        _download_huggingface, _files_huggingface, _kind_huggingface,
     ),
     "modelscope": Hub(
         "ModelScope", "https://modelscope.cn/models/", "modelscope", "ms login", "MODELSCOPE_CACHE",
-        _download_modelscope, _kind_modelscope,
+        _download_modelscope, _files_modelscope, _kind_modelscope,
     ),
 }  # fmt: skip

@@ -113,7 +113,7 @@ def plan_convert(
     """All of `convert` but reading and writing the weights. Raises as it does."""
     mix = wanted(outtype, recipe)
     found = Checkpoint.find(checkpoint, revision=revision, say=say)
-    model = from_checkpoint(found)
+    model = from_checkpoint(found, say)
     return plan(
         model,
         out,

@@ -1,7 +1,8 @@
 """The one table between published tensor names and GGUF names.
 
 Names, shapes, which layers carry what, and which tensors must stay float32 all come from `TABLE`;
-"missing", "extra", "wrong shape", "experts in a layer that shares another's" are its consequences.
+"missing", "extra" and "wrong shape" are its consequences. Names that others give to what is
+published are translated first, in `names`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,27 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.documents import INDEX
+from megrez_gguf.checkpoint.shard_set import Index
 from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_gguf.conversion.copies import Copy
+from megrez_gguf.conversion.names import (
+    EMBEDDINGS,
+    HEAD,
+    expert_layer,
+    foreign,
+    is_buffer,
+    published,
+    shared,
+)
 from megrez_gguf.errors import CheckpointError
 from megrez_gguf.storage.tensor import RAW_DTYPE, Tensor
-from megrez_gguf.text import few
+from megrez_gguf.text import clip, few
 
 Shape = Callable[[ModelConfig], tuple[int, ...]]
 
@@ -56,7 +70,7 @@ _WHERE: dict[str, tuple[Callable[[ModelConfig, int], bool], str]] = {
     ),
     "pool": (
         lambda c, i: c.is_moe(i) and c.pool_layer(i) == i,
-        "layer {i} has no experts of its own: it shares those of layer {pool}",
+        "layer {i} is dense",
     ),
 }
 
@@ -163,8 +177,14 @@ TABLE: tuple[Rule, ...] = (
     ),
 )
 
-# Buffers that older exporters saved and no forward pass reads.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# What types that hold no plain weights tell.
+_QUANTIZED = (
+    "quantized weights, and the converter starts from the original: use the unquantized checkpoint"
+)
+_DTYPES = {
+    "F64": "save it as float32 or bfloat16: model.to(torch.bfloat16).save_pretrained(FOLDER)",
+    **dict.fromkeys(("U8", "I8", "I32", "U32", "F4"), _QUANTIZED),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,76 +213,91 @@ class Layout:
     """What becomes of every tensor of a checkpoint."""
 
     targets: tuple[Target, ...]
-    skipped: Mapping[str, str]
-    """Source tensors that are left out on purpose, and why."""
-    tied_copy: tuple[Tensor, Tensor] | None = None
-    """`lm_head` and embeddings that must be equal, because the configuration ties them."""
+    weights: Mapping[str, Tensor]
+    """What the model is made of, by published name."""
+    skipped: tuple[tuple[Tensor, str], ...]
+    """What no forward pass needs, and why."""
+    copies: tuple[Copy, ...]
+    """What is left out if it is equal to what is kept, as `copies.check` finds."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> Sequence[tuple[Tensor, str]]:
+        """Stored tensors that become no part of the model, and why."""
+        equal = [(c.tensor, f"equal to others that are kept: {c.why}") for c in self.copies]
+        return [*self.skipped, *equal]
 
     @property
     def remarks(self) -> list[str]:
-        """What the user should know of what is left out."""
-        reasons = Counter(self.skipped.values())
-        return [f"{count} tensors left out: {reason}" for reason, count in reasons.items()]
+        """What the user should know of what is left out, renamed, or at odds with the index."""
+        reasons = Counter(reason for _, reason in self.left_out)
+        left_out = [f"{count} tensors left out: {reason}" for reason, count in reasons.items()]
+        other = [f"{t.name} as {name}" for name, t in self.weights.items() if t.name != name]
+        if other:
+            left_out.append(f"{len(other)} tensors taken under other names: {few(other, 1)}")
+        return [*left_out, *self.notes]
 
 
 def plan(checkpoint: Checkpoint) -> Layout:
     """Match the checkpoint's tensors with the table, in the order they will be written.
 
     Raises CheckpointError naming the tensors: missing, extra, of the wrong shape or type, experts
-    where the layer shares another's, experts absent where the group needs them.
+    absent where the group needs them, or an index that is at odds with what the model is made of.
     """
-    config, found = checkpoint.config, checkpoint.tensors
-    skipped = _skipped(config, found)
-    targets = []
-    missing: list[str] = []
-    expected: set[str] = set(skipped)
-    for rule, layer in _placements(config):
-        names = _source_names(rule, config, layer)
-        expected.update(names)
-        absent = [n for n in names if n not in found]
-        if absent:
-            if not rule.optional:
-                missing += absent
-            continue
-        sources = tuple(_checked(found[n], rule.shape(config)) for n in names)
-        shape = rule.shape(config)
-        if "{e}" in rule.source:
-            shape = (len(sources), *shape)
-        target = rule.target.format(i=layer)
-        targets.append(Target(target, shape, sources, rule.role, rule.f32))
+    config = checkpoint.config
+    skipped, stored = _sorted_out(checkpoint)
+    placed = [(rule, layer, _source_names(rule, config, layer)) for rule, layer in _placed(config)]
+    expected = {name: rule for rule, _, names in placed for name in names}
     # What is there and should not be is usually why something else is not where it should be.
-    if extra := [n for n in found if n not in expected]:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {_list(extra)}: not expected: {explain(extra[0], config)}"
-        )
+    _refuse_extra(checkpoint, {n: ts for n, ts in stored.items() if n not in expected})
+    for name, tensors in stored.items():
+        for tensor in tensors:
+            _check(tensor, expected[name].shape(config))
+    missing = [
+        n for rule, _, names in placed if not rule.optional for n in names if n not in stored
+    ]
     if missing:
-        raise CheckpointError(f"{checkpoint.folder}: {_list(missing)}: missing from the checkpoint")
-    _check_optional(config, checkpoint)
-    tied = None
-    if config.tie_word_embeddings and "lm_head.weight" in found:
-        head = _checked(found["lm_head.weight"], _VOCAB(config))
-        tied = (head, found["model.embed_tokens.weight"])
-    return Layout(tuple(targets), skipped, tied)
+        raise CheckpointError(f"{checkpoint.folder}: {_list(missing)}: {_why(missing, checkpoint)}")
+    _check_optional(config, stored, checkpoint.folder)
+    weights = {n: _kept(n, tensors, checkpoint.index) for n, tensors in stored.items()}
+    targets = []
+    for rule, layer, names in placed:
+        if names[0] in weights:
+            sources = tuple(weights[n] for n in names)
+            shape = rule.shape(config)
+            if "{e}" in rule.source:
+                shape = (len(sources), *shape)
+            name = rule.target.format(i=layer)
+            targets.append(Target(name, shape, sources, rule.role, rule.f32))
+    copies = [
+        Copy(tensor, weights[name], _one(name, tensor, weights[name], config))
+        for name, tensors in stored.items()
+        for tensor in tensors
+        if tensor is not weights[name]
+    ]
+    notes = _compare_index(checkpoint, weights.values())
+    return Layout(tuple(targets), weights, tuple(skipped), tuple(copies), notes)
 
 
 def check_ledger(checkpoint: Checkpoint, plan: Layout, consumed: Iterable[str]) -> None:
-    """Prove that every source tensor was written or skipped, once.
+    """Prove that every source tensor was written or left out, once.
 
     Raises CheckpointError: this cannot happen unless the converter itself is wrong.
     """
     count = Counter(consumed)
-    count.update(plan.skipped.keys())
-    wrong = {n: count[n] for n in checkpoint.tensors.keys() | count.keys() if count[n] != 1}
-    if wrong:
+    count.update(tensor.name for tensor, _ in plan.left_out)
+    stored = Counter(tensor.name for tensor in checkpoint.tensors)
+    if wrong := {n: count[n] for n in stored | count if count[n] != stored[n]}:
         name, times = min(wrong.items())
         raise CheckpointError(
-            f"{checkpoint.folder}: internal error, please report it: tensor {name} was consumed "
-            f"{times} times and {len(wrong) - 1} others are off too"
+            f"{checkpoint.folder}: internal error, please report it: tensor {name}, stored "
+            f"{stored[name]} times, was consumed {times} times and {len(wrong) - 1} others are off "
+            "too"
         )
 
 
 def explain(name: str, config: ModelConfig) -> str:
-    """Say why `name` does not belong in a checkpoint of this configuration."""
+    """Say why the published name `name` does not belong in a checkpoint of this configuration."""
     for rule in TABLE:
         match = _pattern(rule.source).fullmatch(name)
         if match is None:
@@ -273,9 +308,7 @@ def explain(name: str, config: ModelConfig) -> str:
             return f"num_hidden_layers is {config.num_hidden_layers}"
         applies, reason = _WHERE[rule.where]
         if not applies(config, layer):
-            if rule.where == "pool" and not config.is_moe(layer):
-                reason = "layer {i} is dense"
-            return reason.format(i=layer, pool=config.pool_layer(layer))
+            return reason.format(i=layer)
         return f"n_routed_experts is {config.n_routed_experts}"
     return "no Megrez2 tensor has such a name"
 
@@ -288,7 +321,7 @@ def role_of(target: str) -> str:
     return "other"
 
 
-def _placements(config: ModelConfig) -> Iterable[tuple[Rule, int]]:
+def _placed(config: ModelConfig) -> Iterable[tuple[Rule, int]]:
     layered = [r for r in TABLE if "{i}" in r.source]
     for rule in TABLE:
         if rule not in layered and _WHERE[rule.where][0](config, 0):
@@ -313,43 +346,141 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _checked(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    where = f"{tensor.shard.path}: tensor {tensor.name}"
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{where}: has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
-        )
-    if tensor.dtype not in RAW_DTYPE:
-        raise CheckpointError(
-            f"{where}: stored as {tensor.dtype}; expected one of {', '.join(RAW_DTYPE)}"
-        )
-    return tensor
-
-
-def _skipped(config: ModelConfig, found: Mapping[str, Tensor]) -> dict[str, str]:
+def _sorted_out(
+    checkpoint: Checkpoint,
+) -> tuple[list[tuple[Tensor, str]], dict[str, list[Tensor]]]:
+    """What is skipped, and why; and all else by published name."""
+    config = checkpoint.config
     last = config.num_hidden_layers + config.num_nextn_predict_layers
-    skipped = {}
-    for name in found:
+    skipped = [(t, "a buffer, not a weight") for t in checkpoint.tensors if is_buffer(t.name)]
+    rest = [t for t in checkpoint.tensors if not is_buffer(t.name)]
+    names = published([t.name for t in rest])
+    _check_pools(checkpoint, {i for n in names if (i := expert_layer(n)) is not None})
+    stored: dict[str, list[Tensor]] = {}
+    for tensor, name in zip(rest, names, strict=True):
         match = re.match(r"model\.layers\.(\d{1,9})\.", name)
         if match and config.num_hidden_layers <= int(match[1]) < last:
-            skipped[name] = "multi-token prediction"
-        elif _IGNORED.fullmatch(name):
-            skipped[name] = "a buffer, not a weight"
-        elif name == "lm_head.weight" and config.tie_word_embeddings:
-            skipped[name] = "equal to model.embed_tokens.weight, as tie_word_embeddings says"
-    return skipped
+            skipped.append((tensor, "multi-token prediction"))
+        else:
+            stored.setdefault(shared(name, config), []).append(tensor)
+    return skipped, stored
 
 
-def _check_optional(config: ModelConfig, checkpoint: Checkpoint) -> None:
+def _check_pools(checkpoint: Checkpoint, holding: set[int]) -> None:
+    """Refuse pools in layers that tell of another sharing period than the configuration does.
+
+    As published, a layer uses the pool of the last layer at or before it that has one. Where every
+    layer has such a one, it must be in the layer's own group.
+    """
+    config = checkpoint.config
+    late = [p for p in config.pool_layers if p not in holding]
+    elsewhere = {config.pool_layer(i) for i in holding & set(config.moe_layers)}
+    if config.moe_layers[0] in holding and elsewhere & set(late):
+        stored, expected = (
+            few([str(i) for i in sorted(layers)], 9) for layers in (holding, config.pool_layers)
+        )
+        raise CheckpointError(
+            f"{checkpoint.folder}: experts are stored in layers {stored}; config.json puts them in "
+            f"layers {expected} (experts_shared_frequency {config.experts_shared_frequency})"
+        )
+
+
+def _refuse_extra(checkpoint: Checkpoint, extra: Mapping[str, Sequence[Tensor]]) -> None:
+    if not extra:
+        return
+    names = {tensor.name: name for name, tensors in extra.items() for tensor in tensors}
+    telling = {stored: what for stored in names if (what := foreign(stored))}
+    first = next(iter(telling or names))
+    reason = telling.get(first) or explain(names[first], checkpoint.config)
+    listed = [first, *(n for n in names if n != first)]
+    raise CheckpointError(f"{checkpoint.folder}: {_list(listed)}: not expected: {reason}")
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    where = f"{tensor.shard.path}: tensor {tensor.name}"
+    if tensor.dtype not in RAW_DTYPE:
+        hint = _QUANTIZED if tensor.dtype.startswith(("F8", "F6")) else _DTYPES.get(tensor.dtype)
+        raise CheckpointError(
+            f"{where}: stored as {tensor.dtype}; expected one of {', '.join(RAW_DTYPE)}"
+            + (f": {hint}" if hint else "")
+        )
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{where}: has shape {clip(list(tensor.shape))}; config.json asks for {list(shape)}"
+        )
+
+
+def _why(missing: list[str], checkpoint: Checkpoint) -> str:
+    """Why these published names may be missing, and what to do."""
+    index = checkpoint.index.weight_map if checkpoint.index else {}
+    present = {shard.path.name for shard in checkpoint.shards}
+    if away := sorted({index[n] for n in missing if n in index} - present):
+        return (
+            f"{INDEX} says that they are in {few(away)}, missing from this folder; is the download "
+            "complete? `hf download OWNER/NAME` fetches what is missing"
+        )
+    if promised := [n for n in missing if n in index]:
+        return f"{INDEX} says that {promised[0]} is in {index[promised[0]]}, which does not hold it"
+    if missing == [HEAD]:
+        return (
+            "missing from the checkpoint: a model whose output layer is its embeddings has "
+            "tie_word_embeddings true in config.json; one saved without a head (AutoModel) is to "
+            "be saved with it (AutoModelForCausalLM)"
+        )
+    return "missing from the checkpoint"
+
+
+def _kept(name: str, tensors: Sequence[Tensor], index: Index | None) -> Tensor:
+    """Of the copies of one parameter, the one that is where it should be."""
+
+    def order(tensor: Tensor) -> tuple[bool, bool]:
+        listed = index is None or index.weight_map.get(tensor.name) == tensor.shard.path.name
+        return not listed, tensor.name != name
+
+    return min(tensors, key=order)
+
+
+def _one(name: str, one: Tensor, two: Tensor, config: ModelConfig) -> str:
+    """Why two stored tensors are one parameter, of the published name `name`."""
+    if one.name == two.name:
+        return "the same tensor is in two shards"
+    if name == EMBEDDINGS and config.tie_word_embeddings:
+        return "config.json says tie_word_embeddings"
+    if ".mlp.experts." in name:
+        return f"layers share experts (experts_shared_frequency {config.experts_shared_frequency})"
+    return "the same parameter goes by both names"
+
+
+def _compare_index(checkpoint: Checkpoint, needed: Iterable[Tensor]) -> tuple[str, ...]:
+    """What the index says amiss of tensors that are not needed; raises for those that are."""
+    if checkpoint.index is None:
+        return ()
+    path, index = checkpoint.folder / INDEX, checkpoint.index.weight_map
+    for tensor in needed:
+        found, said = tensor.shard.path, index.get(tensor.name)
+        if said is None:
+            raise CheckpointError(f"{found}: holds {tensor.name}, which {INDEX} does not name")
+        if said != found.name:
+            raise CheckpointError(
+                f"{path}: says tensor {tensor.name} is in {said}; it is in {found.name}"
+            )
+    names = {tensor.name for tensor in checkpoint.tensors}
+    absent = [name for name in index if name not in names]
+    if not absent:
+        return ()
+    return (f"{INDEX} names {few(absent)}, which no shard holds and the model does not need",)
+
+
+def _check_optional(config: ModelConfig, stored: Mapping[str, object], folder: Path) -> None:
     """An optional tensor is in every layer or in none."""
     for rule in TABLE:
         if not rule.optional or not _WHERE[rule.where][0](config, 0):
             continue
         names = [rule.source.format(i=i) for i in range(config.num_hidden_layers)]
-        absent = [n for n in names if n not in checkpoint.tensors]
+        absent = [n for n in names if n not in stored]
         if absent and len(absent) < len(names):
             raise CheckpointError(
-                f"{checkpoint.folder}: {_list(absent)}: missing, and other layers have it; "
+                f"{folder}: {_list(absent)}: missing, and other layers have it; "
                 "expected in all layers or in none"
             )
 

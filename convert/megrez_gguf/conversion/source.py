@@ -10,7 +10,7 @@ from typing import Any
 
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import read_vocabulary
-from megrez_gguf.conversion import layout, metadata
+from megrez_gguf.conversion import copies, layout, metadata
 from megrez_gguf.conversion.record import recorded
 from megrez_gguf.conversion.stream import Item, Nowhere, Outcome, stream
 from megrez_gguf.format.model_check import check_counts, open_checked
@@ -18,6 +18,7 @@ from megrez_gguf.format.reader import SPLIT
 from megrez_gguf.format.writer import KeyValues
 from megrez_gguf.quantization.encode import encoding
 from megrez_gguf.storage.tensor import Shard
+from megrez_gguf.text import Say, silent
 
 # Tensors with a row for each token, and the kind of token that stands for none.
 _BY_TOKEN = ("token_embd.weight", "output.weight")
@@ -69,17 +70,16 @@ class StoredModel:
         return sizes.most_common(1)[0][0].lower()
 
 
-def from_checkpoint(checkpoint: Checkpoint) -> StoredModel:
+def from_checkpoint(checkpoint: Checkpoint, say: Say = silent) -> StoredModel:
     """The model in a checkpoint folder.
 
-    Raises CheckpointError and TokenizerError as `layout.plan` and `read_vocabulary` do, and
-    CheckpointError for a tied `lm_head` that is stored and differs.
+    What is stored more than once is read and compared, which `say` is told. Raises CheckpointError
+    and TokenizerError as `layout.plan`, `read_vocabulary` and `copies.check` do.
     """
     config = checkpoint.config
     plan = layout.plan(checkpoint)
     vocabulary = read_vocabulary(checkpoint.documents, config.vocab_size)
-    if plan.tied_copy:
-        plan.tied_copy[0].check_equal(plan.tied_copy[1], "config.json says tie_word_embeddings")
+    copies.check(plan.copies, say)
     values = metadata.key_values(checkpoint, sum(t.size for t in plan.targets))
     return StoredModel(
         name=str(values["general.name"]),

@@ -13,7 +13,7 @@ import numpy as np
 from megrez_gguf.checkpoint import hub
 from megrez_gguf.checkpoint.location import Location
 from megrez_gguf.checkpoint.shards import Checkpoint, announced_shards
-from megrez_gguf.conversion import layout, metadata
+from megrez_gguf.conversion import copies, layout, metadata
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.model_check import layers_with, pool_layers
 from megrez_gguf.format.reader import GGUFFile
@@ -89,7 +89,7 @@ def inspect(
     """
     place = hub.resolve(path, announced_shards, revision=revision, say=say)
     if not place.path.is_file():
-        report, sources = _checkpoint(place)
+        report, sources = _checkpoint(place, scan, say)
     else:
         report, sources = _gguf(place.path)
     if scan:
@@ -97,7 +97,9 @@ def inspect(
     return report
 
 
-def _checkpoint(place: Location) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
+def _checkpoint(
+    place: Location, scan: bool, say: Say
+) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
     checkpoint = Checkpoint.open(place)
     config, folder = checkpoint.config, checkpoint.folder
     plan = layout.plan(checkpoint)
@@ -118,9 +120,9 @@ def _checkpoint(place: Location) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
     dense = tuple(i for i in range(config.num_hidden_layers) if not config.is_moe(i))
     report = _report(folder, "checkpoint", metadata.model_name(place), hyperparameters, tensors)
     report.groups, report.dense_layers = groups, dense
-    report.warnings += (*checkpoint.notes, *config.remarks)
-    if plan.skipped:
-        report.warnings.append(f"{len(plan.skipped)} tensors would be left out by convert")
+    report.warnings += (*checkpoint.notes, *config.remarks, *plan.remarks)
+    if scan:
+        copies.check(plan.copies, say)
     return report, [target.sources for target in plan.targets]
 
 

@@ -89,7 +89,7 @@ def verify(
     if origin is not None:
         damaged = {failure.split(":", 1)[0] for failure in failures}
         sound = hashes.keys() - damaged
-        source = from_checkpoint(origin)
+        source = from_checkpoint(origin, say)
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]

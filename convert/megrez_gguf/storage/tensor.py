@@ -109,18 +109,6 @@ class Tensor:
         except OSError as e:
             raise unreadable(self, e) from None
 
-    def check_equal(self, other: Tensor, why: str) -> None:
-        """Raise CheckpointError unless `other` has the same bytes, as `why` says it must."""
-        same = self.dtype == other.dtype and all(
-            np.array_equal(a.view(np.uint8), b.view(np.uint8))
-            for a, b in zip(self.chunks(), other.chunks(), strict=True)
-        )
-        if not same:
-            raise CheckpointError(
-                f"{self.shard.path}: tensor {self.name} differs from {other.name}, and {why}: one "
-                "of them is wrong"
-            )
-
 
 def ended_early(tensor: Tensor) -> CheckpointError:
     return CheckpointError(
