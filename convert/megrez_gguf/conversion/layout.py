@@ -177,14 +177,9 @@ TABLE: tuple[Rule, ...] = (
     ),
 )
 
-# What types that hold no plain weights tell.
-_QUANTIZED = (
-    "quantized weights, and the converter starts from the original: use the unquantized checkpoint"
-)
-_DTYPES = {
-    "F64": "save it as float32 or bfloat16: model.to(torch.bfloat16).save_pretrained(FOLDER)",
-    **dict.fromkeys(("U8", "I8", "I32", "U32", "F4"), _QUANTIZED),
-}
+# What types of weights tell that are none of RAW_DTYPE.
+_QUANTIZED = "quantized, or no weights at all; start from the unquantized checkpoint"
+_TOO_WIDE = "save it as float32 or bfloat16 first: model.to(torch.bfloat16).save_pretrained(FOLDER)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,10 +394,9 @@ def _refuse_extra(checkpoint: Checkpoint, extra: Mapping[str, Sequence[Tensor]])
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
     where = f"{tensor.shard.path}: tensor {tensor.name}"
     if tensor.dtype not in RAW_DTYPE:
-        hint = _QUANTIZED if tensor.dtype.startswith(("F8", "F6")) else _DTYPES.get(tensor.dtype)
+        hint = _TOO_WIDE if tensor.dtype == "F64" else _QUANTIZED
         raise CheckpointError(
-            f"{where}: stored as {tensor.dtype}; expected one of {', '.join(RAW_DTYPE)}"
-            + (f": {hint}" if hint else "")
+            f"{where}: stored as {tensor.dtype}; expected one of {', '.join(RAW_DTYPE)}: {hint}"
         )
     if tensor.shape != shape:
         raise CheckpointError(
