@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class Client:
         self.out = folder / "out.gguf"
         self.env = {
             "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "HOME": str(folder / "home"),
             "HF_HOME": str(folder / "hf"),
             "MODELSCOPE_CACHE": str(folder / "ms"),
@@ -96,6 +98,45 @@ def test_the_folder_of_further_templates(server: HubServer, client: Client, kind
     assert done.returncode == 0, done.stderr
     assert GGUFFile.open(client.out).values["tokenizer.chat_template.rag"] == "{{ 1 }}"
     assert f"{folder}/rag.py" not in server.asked
+
+
+def without_index(server: HubServer, stem: str | None = None) -> list[str]:
+    """Take the index away, and call the shards `stem`; their names."""
+    del server.files["model.safetensors.index.json"]
+    shards = [name for name in server.files if name.startswith("model-") and ".s" in name]
+    for name in shards if stem else ():
+        server.files[name.replace("model", str(stem), 1)] = server.files.pop(name)
+    return [name.replace("model", stem or "model", 1) for name in shards]
+
+
+@pytest.mark.parametrize("stem", ["model", "weights"])
+def test_shards_without_an_index(server: HubServer, client: Client, kind: str, stem: str) -> None:
+    if stem != "model":
+        del server.files["other.safetensors"]
+    wanted = without_index(server, stem)
+    beside = ("optimizer.safetensors", "adapter_model.safetensors", "onnx/model.safetensors")
+    server.files |= dict.fromkeys(beside, b"x")
+    done = client(f"{kind}:{REPOSITORY}")
+    assert done.returncode == 0, done.stderr
+    assert set(wanted) < set(server.asked)
+    assert not set(server.asked) & {*beside, *BAIT}
+    nowhere = "http://127.0.0.1:9"
+    off = {"HF_ENDPOINT": nowhere, "MODELSCOPE_ENDPOINT": nowhere, "MODELSCOPE_DOMAIN": nowhere}
+    server.forget()
+    again = client(f"{kind}:{REPOSITORY}", **off)
+    assert again.returncode == 0, again.stderr
+    assert server.asked == []
+
+
+def test_a_missing_shard_is_named_before_weights_are_fetched(
+    server: HubServer, client: Client, kind: str
+) -> None:
+    gone = without_index(server)[1]
+    del server.files[gone]
+    done = client(f"{kind}:{REPOSITORY}")
+    assert done.returncode == 2
+    assert f"{gone}, missing" in " ".join(done.stderr.split())
+    assert not [name for name in server.asked if name.endswith(".safetensors")]
 
 
 def test_another_kind_of_model_is_refused_before_its_weights(
