@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import megrez_gguf
+from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion import layout
 from megrez_gguf.errors import CheckpointError
@@ -314,13 +315,25 @@ def test_copies_are_read_a_piece_at_a_time(make: Make, monkeypatch: pytest.Monke
         megrez_gguf.convert(folder, folder.parent / "out.gguf")
 
 
-@pytest.mark.parametrize(("period", "stored"), [(2, 3), (3, 2), (4, 3), (2, 4)])
-def test_pools_that_tell_of_another_period(period: int, stored: int, make: Make) -> None:
+@pytest.mark.parametrize("stored", [2, 3, 4])
+@pytest.mark.parametrize("layers", [4, 5, 8])
+def test_pools_that_tell_of_another_period(layers: int, stored: int, make: Make) -> None:
     """Not taken for pools under another layer of their group: some would be another group's."""
-    folder = make(first_k_dense_replace=1, experts_shared_frequency=stored, num_hidden_layers=9)
-    set_json(folder / "config.json", experts_shared_frequency=period)
-    with pytest.raises(CheckpointError, match=r"experts_shared_frequency|missing"):
-        megrez_gguf.convert(folder, folder.parent / "out.gguf")
+    shape = {"first_k_dense_replace": 1, "num_hidden_layers": layers}
+    folder = make(experts_shared_frequency=stored, **shape)
+    meant = groups(folder)
+    for period in range(1, 10):
+        set_json(folder / "config.json", experts_shared_frequency=period)
+        if groups(folder) == meant:
+            megrez_gguf.convert(folder, folder.parent / "out.gguf", force=True)
+            continue
+        with pytest.raises(CheckpointError, match=r"experts_shared_frequency|missing"):
+            megrez_gguf.convert(folder, folder.parent / "out.gguf")
+
+
+def groups(folder: Path) -> list[int]:
+    config = ModelConfig.from_folder(folder)
+    return [config.pool_layer(layer) for layer in config.moe_layers]
 
 
 # --- the index ---------------------------------------------------------------------------------
@@ -410,7 +423,7 @@ FOREIGN: dict[str, tuple[Edit, str]] = {
     "LoRA": (lora, r"PEFT.*merge_and_unload"),
     "adapter alone": (adapter_alone, r"adapter alone.*merge_and_unload"),
     "PEFT's name only": (
-        renamed("", "base_model.model."),
+        lambda t, d: rename(t, lambda n: f"base_model.model.{n}"),
         r"PEFT",
     ),
     "fused experts": (fused_experts, r"all experts of a layer in one tensor.*split them"),
