@@ -23,6 +23,8 @@ _BESIDE = re.compile(
     r"(?:^|[-_.])(?:adapters?|lora|optim(?:izer)?|scheduler|random_states?|rng_states?)(?:[-_.]|$)",
     re.IGNORECASE,
 )
+# What aria2 and axel keep beside a file that has its full size from the start.
+_UNFINISHED = (".aria2", ".st")
 _PYTORCH = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -76,9 +78,19 @@ def choose(where: object, present: Collection[str], index: Index | None) -> Shar
     """The weights among the files `present` in `where`, a folder or a repository, for messages.
 
     Files that the index names and that are not present are left out: whether their tensors are
-    needed is for the layout to say. Raises CheckpointError: no safetensors file, parts missing, or
-    several sets that could each be meant.
+    needed is for the layout to say. Raises CheckpointError: no safetensors file, parts missing or
+    still on their way, or several sets that could each be meant.
     """
+    chosen = _choose(where, present, index)
+    if halves := [n for n in chosen.files for e in _UNFINISHED if n + e in present]:
+        raise CheckpointError(
+            f"{where}: {few(halves)}: not all of it is here, as its downloader's record beside it "
+            f"tells ({' or '.join(_UNFINISHED)}); let the download end first"
+        )
+    return chosen
+
+
+def _choose(where: object, present: Collection[str], index: Index | None) -> ShardSet:
     sets = _sets(n for n in present if n.endswith(SUFFIX))
     if index is None:
         return ShardSet(_without_index(where, present, sets), None)

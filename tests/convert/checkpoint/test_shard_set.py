@@ -125,6 +125,16 @@ def test_the_index_decides() -> None:
             choose("here", [*named, stray], index)
 
 
+@pytest.mark.parametrize("record", [".aria2", ".st"])
+def test_a_file_of_full_size_whose_download_goes_on(record: str) -> None:
+    for seed in range(20):
+        draw = random.Random(seed)
+        files = drawn_set(draw)
+        half = draw.choice(files)
+        with pytest.raises(CheckpointError, match=f"{re.escape(half)}: not all of it is here"):
+            choose("here", mixed(draw, files, [half + record]), None)
+
+
 @pytest.mark.parametrize("present", [["model.safetensors"], parts("model", 4)], ids=str)
 def test_an_index_of_other_files_is_left_out(present: list[str]) -> None:
     index = Index({"a": "model-00001-of-00002.safetensors"}, None)
