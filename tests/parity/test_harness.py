@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megrez_cli import main
 from megrez_gguf import convert
-from megrez_gguf.errors import RuntimeUnavailableError
+from megrez_gguf.errors import CheckpointError, RuntimeUnavailableError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_llama.engine import Engine
 from megrez_parity import harness
@@ -49,6 +49,18 @@ def run(*arguments: object) -> int:
         main([str(a) for a in arguments])
     assert isinstance(stop.value.code, int)
     return stop.value.code
+
+
+def test_copies_that_differ_are_refused_for_files_too(checkpoint: Path, tmp_path: Path) -> None:
+    """Before anything is computed: the reference may have read the one, and the file the other."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if ".mlp.experts." in n)
+    tensors[name.replace("layers.1", "layers.2")] = tensors[name] * 2
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"differs from .*, and layers share experts"):
+        measure(folder, levels=(), files=[tmp_path / "any.gguf"])
 
 
 def bounds_file(folder: Path, levels: dict[str, dict[str, float]]) -> Path:
