@@ -177,9 +177,15 @@ TABLE: tuple[Rule, ...] = (
     ),
 )
 
-# What types of weights tell that are none of RAW_DTYPE.
-_QUANTIZED = "quantized, or no weights at all; start from the unquantized checkpoint"
-_TOO_WIDE = "save it as float32 or bfloat16 first: model.to(torch.bfloat16).save_pretrained(FOLDER)"
+# What types that are none of RAW_DTYPE tell, by how their names begin.
+_ORIGINAL = "; start from the unquantized checkpoint"
+_OTHER_TYPES: dict[str | tuple[str, ...], str] = {
+    "F64": "save it as float32 or bfloat16: model.to(torch.bfloat16).save_pretrained(FOLDER)",
+    "F8": "FP8 weights" + _ORIGINAL,
+    ("F4", "F6"): "weights of 4 or 6 bits" + _ORIGINAL,
+    ("U8", "I8", "I32", "U32"): "packed weights, as of bitsandbytes, GPTQ or AWQ" + _ORIGINAL,
+    "": "no weights",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +400,7 @@ def _refuse_extra(checkpoint: Checkpoint, extra: Mapping[str, Sequence[Tensor]])
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
     where = f"{tensor.shard.path}: tensor {tensor.name}"
     if tensor.dtype not in RAW_DTYPE:
-        hint = _TOO_WIDE if tensor.dtype == "F64" else _QUANTIZED
+        hint = next(h for start, h in _OTHER_TYPES.items() if tensor.dtype.startswith(start))
         raise CheckpointError(
             f"{where}: stored as {tensor.dtype}; expected one of {', '.join(RAW_DTYPE)}: {hint}"
         )
@@ -440,7 +446,8 @@ def _one(name: str, one: Tensor, two: Tensor, config: ModelConfig) -> str:
         return "the same tensor is in two shards"
     if name == EMBEDDINGS and config.tie_word_embeddings:
         return "config.json says tie_word_embeddings"
-    if ".mlp.experts." in name:
+    layers = [re.findall(r"layers\.(\d+)\.", tensor.name) for tensor in (one, two)]
+    if layers[0] != layers[1]:
         return f"layers share experts (experts_shared_frequency {config.experts_shared_frequency})"
     return "the same parameter goes by both names"
 

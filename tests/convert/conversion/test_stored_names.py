@@ -441,8 +441,8 @@ FOREIGN: dict[str, tuple[Edit, str]] = {
     "int8": (quantized("SCB", dtype="F32"), r"bitsandbytes.*unquantized"),
     "FP8": (quantized("weight_scale_inv", dtype="F32"), r"FP8.*unquantized"),
     "compressed-tensors": (quantized("weight_packed", "weight_shape"), r"scales.*unquantized"),
-    "float8": (recast("F8_E4M3", 1), r"stored as F8_E4M3.*unquantized"),
-    "int8 alone": (recast("I8", 1), r"stored as I8.*unquantized"),
+    "float8": (recast("F8_E4M3", 1), r"stored as F8_E4M3.*FP8.*unquantized"),
+    "int8 alone": (recast("I8", 1), r"stored as I8.*bitsandbytes.*unquantized"),
     "float64": (recast("F64", 8), r"stored as F64.*bfloat16"),
     "gate.bias": (
         renamed("gate.e_score_correction_bias", "gate.bias"),
