@@ -19,7 +19,10 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_object(path: Path, error: type[MegrezError]) -> dict[str, Any] | None:
-    """The JSON object in a file, None without the file; raises `error` for anything else."""
+    """The JSON object in a file, None without the file; raises `error` for anything else.
+
+    A byte order mark before it changes nothing.
+    """
     try:
         path.lstat()  # a link that leads nowhere is there
     except FileNotFoundError:
@@ -28,7 +31,7 @@ def read_object(path: Path, error: type[MegrezError]) -> dict[str, Any] | None:
         raise error(f"{path}: cannot be read: {e.strerror}") from None
     with opened(path, error) as (file, _):
         try:
-            raw = load_json(file.read())
+            raw = load_json(file.read().removeprefix(codecs.BOM_UTF8))
         except (ValueError, RecursionError) as e:
             raise error(f"{path}: cannot be read as JSON: {e}") from None
         if not isinstance(raw, dict):
@@ -37,7 +40,7 @@ def read_object(path: Path, error: type[MegrezError]) -> dict[str, Any] | None:
 
 
 def load_json(text: bytes | str) -> Any:
-    """Parse JSON in UTF-8, with or without a byte order mark.
+    """Parse JSON in UTF-8.
 
     Refuses duplicate keys, since two readers may each believe another one of them; halves of
     surrogate pairs, which are no text; and values nested too deep.
@@ -53,7 +56,7 @@ def load_json(text: bytes | str) -> Any:
         return found
 
     text = _decode(text) if isinstance(text, bytes) else text
-    raw = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=unique)
+    raw = json.loads(text, object_pairs_hook=unique)
     _check_depth(raw)
     if _ESCAPED_SURROGATE.search(text):
         try:

@@ -118,7 +118,7 @@ def test_what_is_no_template(tmp_path: Path, name: str, content: bytes, reason: 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").symlink_to(tmp_path / "gone")
-    with pytest.raises(TokenizerError, match=r"chat_template\.jinja: cannot be read: No such file"):
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja: a link to .*gone"):
         read_templates(tmp_path, {})
     (tmp_path / "chat_template.jinja").unlink()
     os.mkfifo(tmp_path / "chat_template.jinja")
