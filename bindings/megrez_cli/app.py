@@ -1,39 +1,69 @@
-"""The command line: its commands, and what becomes of failures and signals.
+"""The command line: its commands, and what becomes of failures.
 
 Data goes to stdout, talk to stderr, and the exit code is the truth: 0 done, 1 the answer is no,
-2 something is wrong with the input or the machine, 130 interrupted.
+2 something is wrong with the input or the machine, 128 + n ended as by signal n.
 
 One module holds one group of commands; a command imports what is heavy when it runs.
 """
 
 from __future__ import annotations
 
-import signal
+import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+import traceback
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from megrez_cli import console, files, measuring, running
+from megrez_cli import console, files, measuring, running, signals, streams
 from megrez_gguf.errors import MegrezError
+
+# The base of what is wrong with a call; typer gives it no public name.
+_UsageError: Any = typer.BadParameter.__mro__[2]
 
 
 class _Commands(typer.core.TyperGroup):
-    """Turns the failures we expect into a message and an exit code."""
+    """Turns whatever can go wrong into a message and an exit code."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        sys.exit(self._run(*args, **{**extra, "standalone_mode": False}))
+
+    def _run(self, *args: Any, **extra: Any) -> int:
+        try:
+            return super().main(*args, **extra) or 0
+        except MegrezError as e:
+            console.say(f"error: {e}{console.hint(e)}")
+            return e.exit_code
+        except _UsageError as e:
+            _say_usage(e)
+        except streams.BrokenStream as e:
+            console.say(f"error: {e}")
+        except MemoryError:
+            console.say("error: out of memory")
+        except OSError as e:
+            # Of a file nobody expected to fail: the names tell more than a traceback would.
+            names = [str(name) for name in (e.filename, e.filename2) if name is not None]
+            console.say(f"error: {': '.join([*names, e.strerror or str(e)])}")
+        except Exception:
+            for line in traceback.format_exc().splitlines():
+                console.say(line)
+            console.say("error: this is a fault of megrez-gguf; please report it with these lines")
+        return 2
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except MegrezError as e:
-            console.say(f"error: {e}{console.hint(e)}")
-            sys.exit(e.exit_code)
         except KeyboardInterrupt:
             console.say("interrupted")
-            sys.exit(130)
+            raise typer.Exit(130) from None
+
+
+def _say_usage(error: Any) -> None:
+    text = io.StringIO()
+    error.show(text)
+    for line in text.getvalue().splitlines():
+        console.say(line)
 
 
 app = typer.Typer(
@@ -41,7 +71,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Convert, run and verify Megrez2 mixture-of-experts models as GGUF.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -55,7 +85,7 @@ def _version(wanted: bool) -> None:
             version = metadata.version("megrez-gguf")
         except metadata.PackageNotFoundError:
             version = "(run from its source, not installed)"
-        typer.echo(f"megrez-gguf {version}")
+        console.tell(f"megrez-gguf {version}")
         raise typer.Exit
 
 
@@ -82,29 +112,7 @@ for command in (
     app.command()(command)
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that everything on the way out is cleaned up.
-    raise SystemExit(128 + number)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command by an exception; afterwards all is as it was."""
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {}
-    try:
-        for name in names:
-            number = getattr(signal, name)
-            # Who started us may want a signal ignored, as nohup does.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, _terminated)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code. `argv` defaults to the process's arguments."""
-    with _terminable():
+    with streams.standard(), signals.terminable():
         app(argv)

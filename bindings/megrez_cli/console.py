@@ -1,17 +1,22 @@
-"""What the commands print: results on stdout, messages and a progress bar on stderr."""
+"""What the commands print: results on stdout, messages and a progress bar on stderr.
+
+What is for people holds nothing that could drive a terminal, wherever it goes. JSON is ASCII, and
+the name of a file that was made goes to a pipe or a file byte for byte.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-import typer
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from megrez_gguf.errors import MegrezError
+from megrez_gguf.text import printable
 
 if TYPE_CHECKING:
     from megrez_gguf.conversion.plan import Conversion, ConvertResult
@@ -36,7 +41,37 @@ def tell_result(result: ConvertResult, as_json: bool) -> None:
         f"{result.tensors} tensors, {result.parameters:,} parameters as {result.outtype}, "
         f"{result.nbytes:,} bytes in {result.seconds:.1f} s"
     )
-    typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
+    tell_made(result.path, result, as_json)
+
+
+def tell_made(path: Path, result: Any, as_json: bool) -> None:
+    """Print the name of the file that was made, or the dataclass `result` as JSON."""
+    if as_json:
+        tell_json(dataclasses.asdict(result))
+    elif sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
+        tell(str(path))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+        sys.stdout.flush()
+
+
+def tell_json(value: Any) -> None:
+    print(json.dumps(value, default=str).replace("\x7f", r"\u007f"), flush=True)
+
+
+def tell(line: str) -> None:
+    """Print a line of the result, for people."""
+    print(printable(line, keep="\t"), flush=True)
+
+
+def say(line: str, dim: bool = False) -> None:
+    """Print a line of talk. Nothing depends on whether it can be printed."""
+    text = printable(line, keep="\t")
+    if dim and is_styled(sys.stderr):
+        text = f"\033[2m{text}\033[0m"
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def tell_plan(plan: Conversion, as_json: bool) -> None:
@@ -59,26 +94,26 @@ def tell_plan(plan: Conversion, as_json: bool) -> None:
             },
             "seconds": round(seconds, 3),
         }
-        typer.echo(json.dumps(report))
+        tell_json(report)
         return
     for item in plan.items:
         shape = " x ".join(map(str, item.shape))
-        typer.echo(f"{item.name:<32} {item.encoding.name:<8} {shape:<20} {item.nbytes:>14,}")
+        tell(f"{item.name:<32} {item.encoding.name:<8} {shape:<20} {item.nbytes:>14,}")
     for name, nbytes in plan.types().items():
-        typer.echo(f"{name:<8} {nbytes:>14,} bytes")
+        tell(f"{name:<8} {nbytes:>14,} bytes")
     for fallback in plan.fallbacks:
-        typer.echo(
+        tell(
             f"{fallback.tensor}: {fallback.got} instead of {fallback.wanted}, "
             f"{fallback.extra_bytes:+,} bytes"
         )
-    typer.echo(f"{plan.paths[0]}: {plan.nbytes:,} bytes in {len(plan.paths)} files")
-    typer.echo(f"about {seconds:.0f} s to read and encode on this machine")
+    tell(f"{plan.paths[0]}: {plan.nbytes:,} bytes in {len(plan.paths)} files")
+    tell(f"about {seconds:.0f} s to read and encode on this machine")
 
 
 @contextmanager
 def progress(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr; nothing when stderr is no terminal."""
-    if not sys.stderr.isatty():
+    """A progress bar on stderr; nothing where that is no terminal, or one that only prints."""
+    if not is_smart(sys.stderr):
         yield None
         return
     from rich.console import Console
@@ -101,8 +136,17 @@ def progress(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], No
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def say(text: str) -> None:
-    typer.echo(text, err=True)
+def is_smart(stream: IO[str]) -> bool:
+    """Whether `stream` is a terminal that can do more than print one character after another."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+def is_styled(stream: IO[str]) -> bool:
+    """Whether to write in colours or dim: https://no-color.org, and what else is in use."""
+    if os.environ.get("NO_COLOR") or os.environ.get("CLICOLOR") == "0":
+        return False
+    forced = os.environ.get("FORCE_COLOR") or os.environ.get("CLICOLOR_FORCE", "0") != "0"
+    return bool(forced) or is_smart(stream)
 
 
 def hint(error: MegrezError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -162,11 +161,11 @@ def verify(
     for note in result.notes:
         console.say(f"warning: {note}")
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result), default=str))
+        console.tell_json(dataclasses.asdict(result))
     else:
         for failure in result.failures:
-            typer.echo(failure)
-        typer.echo(
+            console.tell(failure)
+        console.tell(
             f"{result.tensors} tensors: {result.hashed} held against their recorded hash, "
             f"{result.compared} against the checkpoint; {len(result.failures)} differences"
         )
@@ -202,4 +201,8 @@ def inspect(
 
     with console.progress("Reading") as progress:
         report = run(path, scan=scan, progress=progress, revision=revision, say=console.say)
-    typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else render(report))
+    if as_json:
+        console.tell_json(dataclasses.asdict(report))
+        return
+    for line in render(report).split("\n"):
+        console.tell(line)

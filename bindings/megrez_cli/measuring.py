@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -55,7 +53,7 @@ def imatrix(
             merge=merge or (), n_chunks=chunks, n_ctx=ctx, parse_special=parse_special,
             process_output=process_output, force=force, progress=progress, say=console.say,
         )  # fmt: skip
-    typer.echo(json.dumps(dataclasses.asdict(result), default=str) if as_json else str(result.path))
+    console.tell_made(result.path, result, as_json)
 
 
 def parity(
@@ -136,7 +134,7 @@ def parity(
     for path in write(result, report) if report else ():
         console.say(f"wrote {path}")
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), ensure_ascii=False))
+        console.tell_json(result.as_dict())
     else:
         print_table(result)
     if result.misses:
@@ -229,9 +227,9 @@ def search(
             for one in found
         ]
         summary = {"recipes": recipes, "report": report.as_dict() if report else None}
-        typer.echo(json.dumps(summary, ensure_ascii=False))
+        console.tell_json(summary)
     elif report:
         print_table(report)
     else:
         for one in found:
-            typer.echo(str(one.path))
+            console.tell(str(one.path))

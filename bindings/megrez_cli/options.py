@@ -20,6 +20,13 @@ def size(text: str) -> int:
         raise typer.BadParameter(str(e)) from None
 
 
+def said(prompt: str | None) -> str | None:
+    """A prompt that says something, if there is one."""
+    if prompt is not None and not prompt.strip():
+        raise typer.BadParameter("the prompt is empty")
+    return prompt
+
+
 def _ram(text: str) -> int | str:
     return text if text in ("auto", "off") else size(text)
 

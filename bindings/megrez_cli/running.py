@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import sys
 from typing import Annotated
 
 import typer
@@ -17,7 +15,12 @@ def chat(
     model: options.Model,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="Answer this and exit; - reads it from stdin."),
+        typer.Option(
+            "--prompt",
+            "-p",
+            callback=options.said,
+            help="Answer this and exit; - reads it from stdin.",
+        ),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="System prompt.  [default: the chat template's own]")
@@ -84,7 +87,7 @@ def chat(
       megrez-gguf chat megrez2-q4.gguf < questions.txt > answers.txt
       megrez-gguf chat megrez2-q4.gguf --ram 2GiB --stats
     """
-    from megrez_cli.terminal import Terminal
+    from megrez_cli.terminal import Terminal, read_prompt, readable
     from megrez_runtime import Sampling, Session, load
 
     llm = load(
@@ -101,10 +104,11 @@ def chat(
         sampling = Sampling.advised(llm.metadata).changed(
             temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repeat_penalty=repeat_penalty
         )
+        system = readable(system) if system else None
         session = Session(llm, system=system, sampling=sampling, seed=seed, max_tokens=max_tokens)
         terminal = Terminal(session, stats=stats)
-        if prompt == "-" and sys.stdin:
-            prompt = sys.stdin.read().rstrip("\n")
+        if prompt == "-":
+            prompt = options.said(read_prompt())
         code = terminal.run() if prompt is None else terminal.once(prompt)
     raise typer.Exit(code)
 
@@ -144,4 +148,8 @@ def bench(
         expert_cache=expert_cache,
         say=console.say,
     )
-    typer.echo(json.dumps(dataclasses.asdict(result)) if as_json else str(result))
+    if as_json:
+        console.tell_json(dataclasses.asdict(result))
+        return
+    for line in str(result).split("\n"):
+        console.tell(line)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
 from types import FrameType
-from typing import IO
 
+from megrez_cli import console, signals
 from megrez_gguf.errors import MegrezError
-from megrez_gguf.text import format_size
+from megrez_gguf.text import format_size, printable
 from megrez_llama.expert_store import ExpertStats, expert_stats
 from megrez_runtime.session import Answer, Session
 
@@ -18,11 +16,11 @@ HELP = """\
 /reset    forget the conversation
 /help     this text
 /exit     leave; so does Ctrl-D
+Alt-Enter goes on in another line, as Enter does after a \\
 Ctrl-C    stop the answer; at the prompt, twice, leave"""
 
-# What a model may print raw. Anything else below space could drive the terminal.
-_UNSAFE = {i: None for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 INTERRUPTED = 130
+FAILED = MegrezError.exit_code
 
 
 class Terminal:
@@ -31,66 +29,63 @@ class Terminal:
     def __init__(self, session: Session, *, stats: bool = False) -> None:
         self.session = session
         self.stats = stats
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            # Half a character in the input, or a narrow locale, is no reason to die.
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
-        self._out, self._err = sys.stdout, sys.stderr
 
     def once(self, prompt: str) -> int:
         """Answer one prompt; returns the exit code."""
         return INTERRUPTED if self._answer(prompt).ending == "cancelled" else 0
 
     def run(self) -> int:
-        """Answer what stdin says, line by line, until it ends; returns the exit code."""
-        if _tty(sys.stdin):
+        """Answer what stdin says, line by line, until it ends; returns the exit code.
+
+        In a terminal somebody sees what went wrong with a question. A pipe's other lines are
+        answered, too, and the code says that one was not.
+        """
+        if is_typed():
             return self._converse()
+        code = 0
         # Whoever pipes lines in cannot type at us: Ctrl-C is for the whole run.
-        for line in sys.stdin or ():
-            if not self._turn(line):
-                break
-            if self.session.last and self.session.last.ending == "cancelled":
-                return INTERRUPTED
-        return 0
+        for number, line in enumerate(sys.stdin, 1):
+            try:
+                if not self._turn(line):
+                    break
+            except MegrezError as e:
+                console.say(f"error: line {number}: {e}{console.hint(e)}")
+                code = FAILED
+            else:
+                if self.session.last and self.session.last.ending == "cancelled":
+                    return INTERRUPTED
+        return code
 
     def _converse(self) -> int:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (input() edits lines once this is imported)
+        from megrez_cli.line_editor import LineEditor
+
         s = self.session
         name = s.llm.metadata.get("general.name", s.llm.model_path)
         trained = int(s.llm.metadata.get("megrez-moe.context_length", s.context))
         beyond = f" (trained on {trained})" if s.context > trained else ""
         self._talk(f"{name}: {s.context} tokens of context{beyond}, {s.sampling}. /help for help.")
         interrupted = False
-        while True:
-            try:
-                line = self._read()
-            except EOFError:
-                self._err.write("\n")
-                return 0
-            except KeyboardInterrupt:
-                self._err.write("\n")
-                if interrupted:
+        with LineEditor() as editor:
+            while True:
+                try:
+                    line = editor.read()
+                except EOFError:
                     return 0
-                interrupted = True
-                self._talk("Ctrl-C again, Ctrl-D or /exit to leave")
-                continue
-            interrupted = False
-            try:
-                if not self._turn(line):
-                    return 0
-            except MegrezError as e:
-                self._talk(f"error: {e}")
-
-    def _read(self) -> str:
-        if _tty(self._out):
-            return input("> ")
-        self._err.write("> ")
-        self._err.flush()
-        return input()
+                except KeyboardInterrupt:
+                    if interrupted:
+                        return 0
+                    interrupted = True
+                    self._talk("Ctrl-C again, Ctrl-D or /exit to leave")
+                    continue
+                interrupted = False
+                try:
+                    if not self._turn(line):
+                        return 0
+                except MegrezError as e:
+                    self._talk(f"error: {e}{console.hint(e)}")
 
     def _turn(self, line: str) -> bool:
-        """Deal with a line of input; False if it was the last one."""
+        """Deal with what was typed or piped; False if it was the last."""
         text = line.strip()
         if text == "/exit":
             return False
@@ -98,26 +93,29 @@ class Terminal:
             self.session.reset()
             self._talk("conversation forgotten")
         elif text == "/help":
-            self._talk(HELP)
+            for line in HELP.splitlines():
+                self._talk(line)
         elif text:
             self._answer(text)
         return True
 
     def _answer(self, text: str) -> Answer:
         """Stream the answer to stdout, its figures to stderr; Ctrl-C ends only the answer."""
+        text = readable(text)
         shown = ""
+        on_screen = sys.stdout.isatty()
         before = expert_stats(self.session.llm) if self.stats else None
-        with self._interruptible():
+        with signals.handled(("SIGINT",), self._stop):
             with contextlib.closing(self.session.ask(text)) as pieces:
                 for piece in pieces:
-                    shown = piece.translate(_UNSAFE) if _tty(self._out) else piece
-                    self._out.write(shown)
-                    self._out.flush()
+                    shown = printable(piece, keep="\n\t") if on_screen else piece
+                    sys.stdout.write(shown)
+                    sys.stdout.flush()
             answer = self.session.last
             assert answer is not None
             if not shown.endswith("\n"):
-                self._out.write("\n")
-                self._out.flush()
+                sys.stdout.write("\n")
+                sys.stdout.flush()
             self._talk(figures(answer, self.session.context))
             if self.stats:
                 after = expert_stats(self.session.llm)
@@ -125,20 +123,11 @@ class Terminal:
                 self._talk(f"[experts: {did}]")
         return answer
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.session.cancel()
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.session.cancel()
 
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _talk(self, text: str) -> None:
-        self._err.write(f"\033[2m{text}\033[0m\n" if _tty(self._err) else f"{text}\n")
-        self._err.flush()
+    def _talk(self, line: str) -> None:
+        console.say(line, dim=True)
 
 
 def figures(answer: Answer, context: int) -> str:
@@ -170,5 +159,25 @@ def _experts(stats: ExpertStats) -> str:
     )
 
 
-def _tty(stream: IO[str] | None) -> bool:
-    return stream is not None and stream.isatty()
+def is_typed() -> bool:
+    """Whether somebody types what stdin says."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def read_prompt() -> str:
+    """One prompt: all that is piped in, or what is typed until Enter."""
+    if not is_typed():
+        return sys.stdin.read().rstrip("\n")
+    from megrez_cli.line_editor import LineEditor
+
+    with LineEditor() as editor, contextlib.suppress(EOFError):
+        return editor.read()
+    return ""
+
+
+def readable(text: str) -> str:
+    """`text` with a sign in place of each byte that was none in its encoding, and a warning."""
+    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if whole != text:
+        console.say("warning: some bytes of the input are no text; \ufffd stands for them")
+    return whole

@@ -72,3 +72,25 @@ def clip(value: object, limit: int = 80) -> str:
     """How Python writes `value`, cut after `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+# What drives a terminal or shows text in another order than it is in: control characters and
+# bidirectional embeddings, overrides and isolates. Lone surrogates stand for bytes of a path.
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""`text` with what could drive a terminal spelled out, a line end included: "\x1b", "\n".
+
+    Bytes of a path that are no text are spelled as bytes: "\xff". Characters in `keep` stay.
+    """
+
+    def spell(match: re.Match[str]) -> str:
+        character = match[0]
+        if character in keep:
+            return character
+        if "\udc80" <= character <= "\udcff":
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return ascii(character)[1:-1]
+
+    return _UNPRINTABLE.sub(spell, text)
