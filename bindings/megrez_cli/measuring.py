@@ -111,14 +111,14 @@ def parity(
     """
     from megrez_gguf.errors import ThresholdError
     from megrez_parity.harness import measure
-    from megrez_parity.level_files import LEVELS
+    from megrez_parity.level_files import LEVELS, listed
     from megrez_parity.report import prepare, print_table, write
 
     if report:
         prepare(report)  # an hour of computing later would be late
     result = measure(
         checkpoint,
-        levels=levels.split(",") if levels is not None else () if gguf else LEVELS,
+        levels=listed(levels) if levels is not None else () if gguf else LEVELS,
         texts=text or (),
         files=gguf or (),
         n_ctx=ctx,

@@ -30,10 +30,10 @@ from megrez_gguf.text import Say, silent
 from megrez_llama import ARCH
 from megrez_llama.engine import Engine
 from megrez_llama.nodes import ROUTING, TRACED
-from megrez_parity.level_files import LEVELS, Made, Maker, check, level_of, types_of
+from megrez_parity.level_files import LEVELS, Made, Maker, canonical, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
 from megrez_parity.results import LevelResult, ParityReport, ReferenceRun
-from megrez_parity.thresholds import Thresholds
+from megrez_parity.thresholds import Scope, Thresholds
 from megrez_parity.windows import Corpus, read_corpus
 
 try:
@@ -78,8 +78,9 @@ def measure(
     file type names. `trace` looks for the tensor that errs first. `cache` is a folder for the
     reference's results, by default one in the user's cache for large checkpoints and a temporary
     one for small. `imatrix` is an importance matrix for the levels that ask for one, by default
-    collected on the texts beyond the windows. `thresholds` replaces the committed bounds, `command`
-    is recorded, `say` is told what is being done.
+    collected on the texts beyond the windows. `thresholds` replaces the committed bounds, which
+    apply to what they were set on (`thresholds.Scope`). `command` is recorded, `say` is told what
+    is being done.
 
     Raises MegrezError: an unknown level, no text or one shorter than a window, a file of another
     model or vocabulary, a cache of another reference, and whatever the conversion or llama.cpp
@@ -95,6 +96,7 @@ def measure(
     # Every tensor is there, in its shape, and the same wherever it is stored.
     copies.check(layout.plan(source).copies, say)
     corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)
+    levels = [canonical(level) for level in levels]
     for level in levels:
         check(level, calibrated=bool(imatrix or corpus.calibration))
     for file in files:
@@ -124,10 +126,16 @@ def measure(
                 seconds = time.perf_counter() - begin
                 say(f"{level}: {len(tokens)} windows in llama.cpp")
                 results.append(judge.level(level, level, made, seconds))
-        results = [replace(r, thresholds=bounds.of(r.kind, weights)) for r in results]
+        run = Scope(weights, n_ctx, {text.sha256: text.windows for text in corpus.texts})
+        if lacking := bounds.scope.lacks(run):
+            say(
+                "levels are judged by what holds for any model and text: their thresholds were set "
+                f"on {lacking}"
+            )
+        results = [replace(r, thresholds=bounds.of(r.kind, run)) for r in results]
         if trace:
             say("tracing, layer by layer")
-            tolerances = {r.level: bounds.tolerances(r.kind, weights) for r in results}
+            tolerances = {r.level: bounds.tolerances(r.kind, run) for r in results}
             results = judge.traced(results, tolerances)
         return ParityReport(
             checkpoint=os.fspath(checkpoint),

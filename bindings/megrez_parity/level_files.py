@@ -53,6 +53,27 @@ class Made:
     fallbacks: list[Fallback]
 
 
+def listed(text: str) -> list[str]:
+    """The levels in a list with commas, each once, as `canonical` spells them.
+
+    Raises ConfigError for a list of none.
+    """
+    found = [canonical(name) for name in text.split(",") if name.strip()]
+    if not found:
+        raise ConfigError(f"{text!r}: expected a level, or several with commas between them")
+    return list(dict.fromkeys(found))
+
+
+def canonical(level: str) -> str:
+    """`level` as it is spelled here, known or not: "q4_k_m+imatrix" for " Q4_K+IMATRIX"."""
+    name = level.strip()
+    weighted = name.lower().endswith(IMATRIX)
+    base = name[: -len(IMATRIX)] if weighted else name
+    is_recipe = base.lower().startswith(PREFIX)  # what follows may be a file's name
+    base = PREFIX + base[len(PREFIX) :] if is_recipe else levels.spelled(base)
+    return base + IMATRIX * weighted
+
+
 def check(level: str, *, calibrated: bool = True) -> None:
     """Raise ConfigError unless `level` names one that can be made.
 
@@ -69,7 +90,8 @@ def check(level: str, *, calibrated: bool = True) -> None:
         if base in PLAIN:
             raise ConfigError(f"level {level!r}: an importance matrix changes nothing in {base}")
         raise ConfigError(
-            f"unknown level {level!r}; known: {', '.join((*PLAIN, *EITHER, *RECIPES))}; and "
+            f"unknown level {level!r}; {levels.suggestion(base)}"
+            f"known: {', '.join((*PLAIN, *EITHER, *RECIPES))}; and "
             f"with {IMATRIX} after the name: {', '.join((*EITHER, *WEIGHTED, *RECIPES))}; and "
             f"{PREFIX}FILE.toml"
         )

@@ -89,7 +89,9 @@ def main() -> int:
     assert tuple(found) == LEVELS
     levels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(found[name])}" for name in found)
     weights = json.dumps(checkpoint_sha256(Checkpoint.open(POCKET)))
-    text = f'{{\n  "weights_sha256": {weights},\n  "levels": {{\n{levels}\n  }}\n}}\n'
+    texts = json.dumps({text.sha256: text.windows for text in report.texts})
+    scope = f'"weights_sha256": {weights},\n  "context": {report.context},\n  "texts": {texts}'
+    text = f'{{\n  {scope},\n  "levels": {{\n{levels}\n  }}\n}}\n'
     TARGET.write_text(text, encoding="utf-8")
     print(TARGET)
     return 0

@@ -312,7 +312,7 @@ def test_a_file_without_our_keys(
     ("arguments", "message"),
     [
         (["--levels", "q3"], "unknown level 'q3'; known: f32, bf16"),
-        (["--levels", ""], "unknown level ''"),
+        (["--levels", ""], "expected a level"),
         (["--ctx", "3"], "4 windows of 3 tokens"),
         (["--windows", "0"], "0 windows of 512 tokens"),
         (["--ctx", "100000"], "shorter than one window of 100000"),

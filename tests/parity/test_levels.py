@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,11 @@ from megrez_gguf.errors import ConfigError, GGUFError, OutputError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import imatrix
 from megrez_gguf.quantization.imatrix import Imatrix
+from megrez_gguf.quantization.levels import canonical as canonical_level
 from megrez_gguf.quantization.types import Fallback
 from megrez_llama.engine import Engine
 from megrez_llama.logs import log
-from megrez_parity.level_files import KNOWN, LEVELS, Made, Maker, check, level_of, types_of
+from megrez_parity.level_files import KNOWN, LEVELS, Made, Maker, check, level_of, listed, types_of
 from megrez_runtime.calibration import collect
 from support.marks import loop_takes
 from support.paths import POCKET
@@ -346,3 +348,30 @@ def test_the_levels_are_those_llama_cpp_can_make(
         assert (kind in KNOWN) == (not without), (kind, without)
         useful = not given and (without or plain.read_bytes() != weighted.read_bytes())
         assert (kind + "+imatrix" in KNOWN) == bool(useful), (kind, given)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_list_of_levels_as_people_write_it(seed: int) -> None:
+    draw = random.Random(seed)
+    names = draw.sample([*KNOWN, "recipe:My Mix.toml", "recipe:My Mix.toml+imatrix"], 6)
+
+    def written(name: str) -> str:
+        spelled = name if "recipe:" in name else draw.choice([name, name.upper(), name.title()])
+        return f"{draw.choice(['', ' ', '  '])}{spelled}{draw.choice(['', ' '])}"
+
+    entries = [*map(written, names), *map(written, draw.sample(names, 2)), "", " "]
+    repeated = entries[:6] + draw.sample(entries[6:], 4)
+    assert listed(",".join(repeated)) == names
+    with pytest.raises(ConfigError, match="expected a level"):
+        listed(draw.choice(["", ",", " , ,"]))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("q4km", "q4_k_m"), ("Q4_K - Medium", "q4_k_m"), ("MOSTLY_Q8_0", "q8_0"), ("int8", "q8_0")]
+    + [("fp16", "f16"), ("bfloat16", "bf16"), ("float32", "f32"), ("IQ4-XS", "iq4_xs")],
+)
+def test_a_level_of_another_spelling_is_suggested(theirs: str, ours: str) -> None:
+    for refuse in (canonical_level, check):
+        with pytest.raises(ConfigError, match=f"did you mean {ours}"):
+            refuse(theirs)

@@ -5,6 +5,9 @@ Which type each tensor gets at a level is llama.cpp's decision (`quantizer.choos
 
 from __future__ import annotations
 
+import difflib
+import re
+
 from megrez_gguf.errors import ConfigError
 
 # Every matrix in one float type; needs no llama.cpp.
@@ -26,12 +29,42 @@ LEVELS = (*PLAIN, *EITHER, *WEIGHTED)
 ALIASES = {"q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m"}
 
 
+# How other programs spell a part of a level's name.
+_ELSEWHERE = {
+    "mostly": "",
+    "bfloat": "bf",
+    "float": "f",
+    "fp": "f",
+    "int": "q",
+    "medium": "m",
+    "small": "s",
+    "large": "l",
+}
+
+
+def spelled(name: str) -> str:
+    """`name` as levels are spelled here, known or not: "q4_k_m" for " Q4_K"."""
+    level = name.strip().lower()
+    return ALIASES.get(level, level)
+
+
 def canonical(name: str) -> str:
     """The level `name` means, e.g. "q4_k_m" for "Q4_K". Raises ConfigError for an unknown one."""
-    level = ALIASES.get(name.lower(), name.lower())
+    level = spelled(name)
     if level not in LEVELS:
-        raise ConfigError(f"level {name!r}: expected one of {', '.join(LEVELS)}")
+        raise ConfigError(f"level {name!r}: {suggestion(name)}expected one of {', '.join(LEVELS)}")
     return level
+
+
+def suggestion(name: str) -> str:
+    """A question that names what `name` may have meant; "" where nothing is like it."""
+    name = name.lower()
+    for theirs, ours in _ELSEWHERE.items():
+        name = name.replace(theirs, ours)
+    name = re.sub("[^a-z0-9]", "", name)
+    plain = {re.sub("[^a-z0-9]", "", level): level for level in LEVELS}
+    close = [name] if name in plain else difflib.get_close_matches(name, plain, n=2, cutoff=0.75)
+    return f"did you mean {' or '.join(plain[match] for match in close)}? " if close else ""
 
 
 def check_weighted(level: str, weighted: bool) -> None:
