@@ -29,6 +29,7 @@ _HINTS = {
     "force": "; use --force to replace it",
     "imatrix": " (--imatrix FILE; `megrez-gguf imatrix` makes one)",
     "n_ctx": " (--ctx)",
+    "n_threads": " (--threads)",
     "n_windows": "; give a longer --text FILE, or fewer --windows",
     "texts": " with --text FILE",
 }

@@ -23,6 +23,7 @@ from megrez_llama.expert_store import cache_override
 from megrez_llama.ggml import Tensor, library, read
 from megrez_llama.logs import log
 from megrez_llama.patched import require_patched
+from megrez_llama.threads import thread_count
 
 Watch = Callable[[Tensor, bool], bool]
 """Called for each node of the graph: before it is computed with True, to say whether to stop at
@@ -61,7 +62,7 @@ class Engine:
     CPUs this process may run on unless given. A context manager; the model is freed on leaving.
 
     Raises GGUFError when the file is missing or cannot be loaded, RuntimeUnavailableError when
-    llama_cpp is missing or not the patched one.
+    llama_cpp is missing or not the patched one, MegrezError for more threads than ggml can use.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Engine:
         n_threads: int | None = None,
     ) -> None:
         self.path, self.context = path, context
-        self._n_threads = n_threads or _affinity()
+        self._n_threads = thread_count(n_threads, _affinity())
         self._llama = llama = require_patched()
         self._context: Any = None
         self._watch: Watch | None = None

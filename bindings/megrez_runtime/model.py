@@ -18,6 +18,7 @@ from megrez_gguf.text import format_size, parse_size
 from megrez_llama import ARCH, expert_store
 from megrez_llama.logs import log
 from megrez_llama.patched import require_patched
+from megrez_llama.threads import thread_count
 from megrez_runtime.errors import ContextError, MemoryBudgetError
 from megrez_runtime.memory import SHARE, SLACK, UBATCHES, Needs, batch_for, cache_batch, check_cache
 
@@ -61,9 +62,11 @@ def load(
     Raises GGUFError: no such file, damaged, not a Megrez2 model, or refused by llama.cpp (with its
     reason). MemoryBudgetError: `ram` or `expert_cache` is too small; names the least. ContextError:
     no memory for the context. RuntimeUnavailableError: llama_cpp is missing or unpatched.
-    TypeError: an option `llama_cpp.Llama` does not have. ValueError: no size.
+    MegrezError: more threads than ggml can use. TypeError: an option `llama_cpp.Llama` does not
+    have. ValueError: no size.
     """
     path = Path(path)
+    threads = thread_count(n_threads, available_cpus())
     file = open_checked(path)
     values = file.values
     trained = values.get(f"{ARCH}.context_length")
@@ -92,8 +95,7 @@ def load(
         n_gpu_layers = 0
 
     log.install(llama_cpp, verbose=verbose)
-    threads = n_threads or available_cpus()
-    options = {"n_threads_batch": threads} | options
+    options["n_threads_batch"] = thread_count(options.get("n_threads_batch"), threads)
     llm = _without_templates(llama_cpp)
     try:
         llm.__init__(  # in two steps, to see how far it got

@@ -368,8 +368,15 @@ def test_a_list_of_levels_as_people_write_it(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("q4km", "q4_k_m"), ("Q4_K - Medium", "q4_k_m"), ("MOSTLY_Q8_0", "q8_0"), ("int8", "q8_0")]
-    + [("fp16", "f16"), ("bfloat16", "bf16"), ("float32", "f32"), ("IQ4-XS", "iq4_xs")],
+    [
+        *(
+            ("q4km", "q4_k_m"),
+            ("Q4_K - Medium", "q4_k_m"),
+            ("MOSTLY_Q8_0", "q8_0"),
+            ("int8", "q8_0"),
+        ),
+        *(("fp16", "f16"), ("bfloat16", "bf16"), ("float32", "f32"), ("IQ4-XS", "iq4_xs")),
+    ],
 )
 def test_a_level_of_another_spelling_is_suggested(theirs: str, ours: str) -> None:
     for refuse in (canonical_level, check):

@@ -32,6 +32,7 @@ from megrez_gguf.storage.opening import AGAIN
 from megrez_gguf.storage.tensor import RAW_DTYPE, Tensor
 from megrez_gguf.storage.zeros import Run, joined, least, unwritten, zero_runs
 from megrez_gguf.text import Progress
+from megrez_llama.threads import thread_count
 
 # Elements encoded at once: some megabytes, so that memory stays small and cores share the work.
 PIECE = 1 << 20
@@ -178,11 +179,11 @@ def stream(
     `allow_zeros`, unless `Item.sha256` tells that they are meant.
     Raises CheckpointError, naming shard and tensor: values that are not finite or beyond the range
     of their type, bytes that have another hash than `Item.sha256`, a file that cannot be read or
-    ends early; and what `sink` raises.
+    ends early; and what `sink` and `thread_count` raise.
     """
     with OpenShards() as files:
         return _Stream(files, sink, importance or {}, clamp, allow_zeros, progress).run(
-            items, n_threads or available_cpus()
+            items, thread_count(n_threads, available_cpus())
         )
 
 
