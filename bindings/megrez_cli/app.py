@@ -59,6 +59,20 @@ class _Commands(typer.core.TyperGroup):
             raise typer.Exit(130) from None
 
 
+class _Command(typer.core.TyperCommand):
+    """Says when an option that counts once is given twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=[*args])
+        for parameter in dict.fromkeys(given):
+            once = parameter.param_type_name == "option" and not parameter.multiple
+            if once and given.count(parameter) > 1:
+                console.say(
+                    f"warning: {parameter.opts[0]} is given more than once; the last counts"
+                )
+        return super().parse_args(ctx, args)
+
+
 def _say_usage(error: Any) -> None:
     text = io.StringIO()
     error.show(text)
@@ -109,7 +123,7 @@ for command in (
     running.chat,
     running.bench,
 ):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,10 @@ from megrez_cli import console, options
 def convert(
     checkpoint: options.Checkpoint,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Output file.  [default: NAME-TYPE.gguf]")
+        Path | None,
+        typer.Option(
+            "--out", "-o", parser=options.output, help="Output file.  [default: NAME-TYPE.gguf]"
+        ),
     ] = None,
     outtype: Annotated[
         str,
@@ -81,8 +84,10 @@ def convert(
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(help="GGUF file in f32, bf16 or f16.")],
-    out: Annotated[Path, typer.Argument(help="Output file.")],
+    source: Annotated[
+        Path, typer.Argument(parser=options.path, help="GGUF file in f32, bf16 or f16.")
+    ],
+    out: Annotated[Path, typer.Argument(parser=options.output, help="Output file.")],
     level: Annotated[
         str, typer.Argument(help="Level, e.g. q4_k_m; leave it out with --recipe.")
     ] = "auto",
@@ -130,8 +135,13 @@ def quantize(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="GGUF file, or the first part of a split one.")],
-    checkpoint: Annotated[str | None, typer.Argument(help=options.CHECKPOINT_HELP)] = None,
+    path: Annotated[
+        Path,
+        typer.Argument(parser=options.path, help="GGUF file, or the first part of a split one."),
+    ],
+    checkpoint: Annotated[
+        str | None, typer.Argument(parser=options.name, help=options.CHECKPOINT_HELP)
+    ] = None,
     imatrix: options.Imatrix = None,
     revision: options.Revision = None,
     as_json: options.Json = False,
@@ -177,7 +187,8 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="A GGUF file or a checkpoint: a folder, owner/name or modelscope:owner/name."
+            parser=options.name,
+            help="A GGUF file or a checkpoint: a folder, owner/name or modelscope:owner/name.",
         ),
     ],
     revision: options.Revision = None,

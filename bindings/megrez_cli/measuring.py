@@ -13,13 +13,19 @@ from megrez_cli import console, options
 
 
 def imatrix(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output file.")],
-    model: Annotated[Path | None, typer.Argument(help="GGUF file to run.")] = None,
-    text: Annotated[list[Path] | None, typer.Argument(help="UTF-8 texts to run it over.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", parser=options.output, help="Output file.")],
+    model: Annotated[
+        Path | None, typer.Argument(parser=options.path, help="GGUF file to run.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Argument(parser=options.path, help="UTF-8 texts to run it over.")
+    ] = None,
     merge: Annotated[
         list[Path] | None,
         typer.Option(
-            "--merge", help="Add this importance matrix; repeatable. Then TEXT may be left out."
+            "--merge",
+            parser=options.path,
+            help="Add this importance matrix; repeatable. Then TEXT may be left out.",
         ),
     ] = None,
     chunks: Annotated[
@@ -64,11 +70,15 @@ def parity(
     ] = None,
     gguf: Annotated[
         list[Path] | None,
-        typer.Option("--gguf", help="Judge this existing file; repeatable."),
+        typer.Option("--gguf", parser=options.path, help="Judge this existing file; repeatable."),
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt beside it]"),
+        typer.Option(
+            "--text",
+            parser=options.path,
+            help="UTF-8 text; repeatable.  [default: heldout/*.txt beside it]",
+        ),
     ] = None,
     ctx: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows to take from the start of each text.")] = 4,
@@ -76,22 +86,33 @@ def parity(
         bool, typer.Option("--trace", help="Find the first tensor that is wrong by itself.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option("--report", help="Folder for report.html, .json and .md.")
+        Path | None,
+        typer.Option(
+            "--report", parser=options.path, help="Folder for report.html, .json and .md."
+        ),
     ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
-            "--cache", help="Folder that keeps the reference.  [default: the user's, from 1 GiB on]"
+            "--cache",
+            parser=options.path,
+            help="Folder that keeps the reference.  [default: the user's, from 1 GiB on]",
         ),
     ] = None,
     imatrix: Annotated[
         Path | None,
-        typer.Option("--imatrix", help="For +imatrix levels.  [default: made from the texts]"),
+        typer.Option(
+            "--imatrix",
+            parser=options.path,
+            help="For +imatrix levels.  [default: made from the texts]",
+        ),
     ] = None,
     thresholds: Annotated[
         Path | None,
         typer.Option(
-            "--thresholds", help="JSON with bounds of your own.  [default: the pocket checkpoint's]"
+            "--thresholds",
+            parser=options.path,
+            help="JSON with bounds of your own.  [default: the pocket checkpoint's]",
         ),
     ] = None,
     revision: options.Revision = None,
@@ -145,11 +166,18 @@ def search(
     checkpoint: options.Checkpoint,
     work: Annotated[
         Path,
-        typer.Option(help="Folder for the recipes, the report and every measurement; resumes."),
+        typer.Option(
+            parser=options.path,
+            help="Folder for the recipes, the report and every measurement; resumes.",
+        ),
     ],
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="UTF-8 text; repeatable.  [default: heldout/*.txt at CKPT]"),
+        typer.Option(
+            "--text",
+            parser=options.path,
+            help="UTF-8 text; repeatable.  [default: heldout/*.txt at CKPT]",
+        ),
     ] = None,
     ctx: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     windows: Annotated[
@@ -160,6 +188,7 @@ def search(
         list[Path] | None,
         typer.Option(
             "--also",
+            parser=options.path,
             metavar="CHECKPOINT",
             help="Be no larger than the level for this folder, too; repeatable. Needs no weights.",
         ),

@@ -9,7 +9,41 @@ import typer
 
 from megrez_gguf.text import parse_size
 
+# What llama.cpp can hold in a number: a greater one would become another, without a word.
+INT, FLOAT = 2**31 - 1, 3.4e38
+
 CHECKPOINT_HELP = "A folder, or owner/name on Hugging Face, or modelscope:owner/name."
+
+
+def name(text: str) -> str:
+    """What is not empty: a variable that a script forgot to set is no current folder."""
+    if not text:
+        raise typer.BadParameter("the name is empty")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path that means what its author sees."""
+    home, _, rest = name(text).partition("/")
+    if home.startswith("~") and not Path(home).exists():
+        raise typer.BadParameter(
+            f"{text!r}: the shell left ~ as it is, which it replaces where a word begins; "
+            f"write $HOME/{rest}"
+        )
+    return Path(text)
+
+
+def output(text: str) -> Path:
+    """The path of a file to write."""
+    found = path(text)
+    if text == "-" or text.startswith(("/dev/", "/proc/self/fd/")):
+        raise typer.BadParameter(
+            f"{text!r}: expected the name of a file; a GGUF file cannot be streamed, since its "
+            "header is written last"
+        )
+    if text.endswith("/"):
+        raise typer.BadParameter(f"{text!r} names a folder; give the name of a file")
+    return found
 
 
 def size(text: str) -> int:
@@ -31,8 +65,8 @@ def _ram(text: str) -> int | str:
     return text if text in ("auto", "off") else size(text)
 
 
-Checkpoint = Annotated[str, typer.Argument(help=CHECKPOINT_HELP)]
-Model = Annotated[Path, typer.Argument(help="GGUF file.")]
+Checkpoint = Annotated[str, typer.Argument(parser=name, help=CHECKPOINT_HELP)]
+Model = Annotated[Path, typer.Argument(parser=path, help="GGUF file.")]
 AllowZeros = Annotated[
     bool,
     typer.Option(
@@ -43,12 +77,15 @@ AllowZeros = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Imatrix = Annotated[
     Path | None,
-    typer.Option("--imatrix", help="Importance matrix, from `imatrix` or llama-imatrix."),
+    typer.Option(
+        "--imatrix", parser=path, help="Importance matrix, from `imatrix` or llama-imatrix."
+    ),
 ]
 Recipe = Annotated[
     str | None,
     typer.Option(
         "--recipe",
+        parser=name,
         help="Mix of types in place of a level: megrez-q3, megrez-q4, megrez-q5 or a TOML file.",
     ),
 ]
@@ -65,7 +102,9 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Show types, sizes, fallbacks and time; write nothing."),
 ]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit to fetch.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", parser=name, help="Branch, tag or commit to fetch.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads that compute.  [default: all CPUs]")

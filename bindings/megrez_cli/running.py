@@ -26,7 +26,10 @@ def chat(
         str | None, typer.Option(help="System prompt.  [default: the chat template's own]")
     ] = None,
     temp: Annotated[
-        float | None, typer.Option(min=0, help="Temperature; 0 is greedy.  [default: the file's]")
+        float | None,
+        typer.Option(
+            min=0, max=options.FLOAT, help="Temperature; 0 is greedy.  [default: the file's]"
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
@@ -40,6 +43,7 @@ def chat(
         int | None,
         typer.Option(
             min=0,
+            max=options.INT,
             help="Draw from this many of the likeliest tokens; 0 is off.  [default: the file's]",
         ),
     ] = None,
@@ -53,7 +57,11 @@ def chat(
     ] = None,
     repeat_penalty: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Make repeats less likely; 1 is off.  [default: the file's]"),
+        typer.Option(
+            min=0.01,
+            max=options.FLOAT,
+            help="Make repeats less likely; 1 is off.  [default: the file's]",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="The same seed gives the same answer.")
@@ -66,7 +74,9 @@ def chat(
         int | None, typer.Option(min=1, help="End an answer after so many tokens.")
     ] = None,
     threads: options.Threads = None,
-    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers on the GPU; -1 is all.")] = -1,
+    gpu_layers: Annotated[
+        int, typer.Option(min=-1, max=options.INT, help="Layers on the GPU; -1 is all.")
+    ] = -1,
     ram: options.Ram = "auto",
     expert_cache: options.ExpertCache = None,
     stats: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from megrez_gguf.errors import ConfigError
@@ -30,7 +31,9 @@ def read_text(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
         raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {e}") from None
     return raw
 
@@ -38,12 +41,13 @@ def read_text(path: Path) -> bytes:
 def parse_size(text: str) -> int:
     """Bytes in `text`: "2GiB" is 2 * 1024^3, "2G" and "2GB" are 2 * 1000^3, "2000" is itself.
 
-    Fractions and any case are allowed. Raises ValueError for anything else, 0 included.
+    Fractions and any case are allowed. Raises ValueError for anything else, for 0, and for more
+    than any file or memory holds.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper(), re.ASCII)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if size <= 0:
-        raise ValueError(f"{text!r}: expected a size such as 2GiB or 500M")
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?) ?([A-Z]*)", text.strip().upper(), re.ASCII)
+    size = int(Fraction(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if not 0 < size < 1 << 63:
+        raise ValueError(f"{clip(text)}: expected a size such as 2GiB or 500M")
     return size
 
 
