@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megrez_cli import console, options
+from megrez_gguf.errors import SourceError, ThresholdError
 
 
 def imatrix(
@@ -60,6 +61,14 @@ def imatrix(
             process_output=process_output, force=force, progress=progress, say=console.say,
         )  # fmt: skip
     console.tell_made(result.path, result, as_json)
+
+
+def _find_folder() -> None:
+    """See that there is a current folder: without one, torch's maths library ends the process."""
+    try:
+        Path.cwd()
+    except OSError:
+        raise SourceError("the current folder is gone; change to another one") from None
 
 
 def parity(
@@ -130,7 +139,7 @@ def parity(
       megrez-gguf parity Megrez2-3x7B-A3B --levels q4_k_m,q4_0 --text novel.txt --windows 2
       megrez-gguf parity Infinigence/Megrez2-3x7B-A3B --gguf theirs.gguf --text novel.txt --trace
     """
-    from megrez_gguf.errors import ThresholdError
+    _find_folder()
     from megrez_parity.harness import measure
     from megrez_parity.level_files import LEVELS, listed
     from megrez_parity.report import prepare, print_table, write
@@ -211,6 +220,7 @@ def search(
       megrez-gguf search Megrez2-3x7B-A3B --text novel.txt --windows 2 --work recipes
       megrez-gguf convert Megrez2-3x7B-A3B --recipe recipes/megrez-q4.toml
     """
+    _find_folder()
     from megrez_parity import recipe_search
     from megrez_parity.report import prepare, print_table, write
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megrez_gguf.checkpoint.shards import Checkpoint
-from megrez_gguf.errors import CheckpointError
+from megrez_gguf.errors import CheckpointError, OutputError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus
 from megrez_llama.patched import marker
@@ -98,6 +98,9 @@ def _cpu() -> str:
 
 
 def cache_folder() -> Path:
-    """Where this user's caches go."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where this user's caches go. Raises OutputError for one without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise OutputError("this user has no home folder to cache in; set XDG_CACHE_HOME") from None
     return Path(base) / "megrez-gguf"

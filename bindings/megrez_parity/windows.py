@@ -136,7 +136,7 @@ def _window(ids: Tokens, start: int, length: int, bos: int | None) -> Tokens:
 
 def _tokenizer(path: Path) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())  # whose name need not be UTF-8
     except Exception as e:  # the library raises nothing more special
         raise TokenizerError(f"{path}: the tokenizers library cannot read it: {e}") from None
     tokenizer.no_truncation()

@@ -79,7 +79,7 @@ def calibrate(
     `collect` and `imatrix.load` raise.
     """
     start = time.perf_counter()
-    if not (texts or merge) or n_ctx < 1 or (n_chunks is not None and n_chunks < 1):
+    if not (texts or merge) or not 0 < n_ctx < 1 << 31 or (n_chunks is not None and n_chunks < 1):
         raise ConfigError(
             f"{len(texts)} texts, {len(merge)} matrices, {n_chunks} chunks of {n_ctx} tokens: "
             "expected at least 1 text or matrix, and 1 of the others"

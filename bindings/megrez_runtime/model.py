@@ -99,7 +99,7 @@ def load(
     llm = _without_templates(llama_cpp)
     try:
         llm.__init__(  # in two steps, to see how far it got
-            str(path),
+            _FileName(path),
             n_ctx=n_ctx,
             n_threads=threads,
             n_gpu_layers=n_gpu_layers,
@@ -169,6 +169,13 @@ def _restore_templates(llm: Llama, texts: Mapping[str, str], options: Mapping[st
         llm._chat_handlers["chat_template.default"] = handler(texts[_TEMPLATE])
         if options.get("chat_format") is None and options.get("chat_handler") is None:
             llm.chat_format = "chat_template.default"
+
+
+class _FileName(str):
+    """A path for llama_cpp, which encodes it as UTF-8 and so could not name every file."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(Path(self))
 
 
 @dataclass(frozen=True, slots=True)
