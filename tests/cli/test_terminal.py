@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import random
 import re
 import select
 import signal
@@ -14,6 +15,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,17 +136,23 @@ def test_signals_end_a_piped_run(model: Path, number: int, code: int) -> None:
 class Screen:
     """The chat command in a terminal of its own."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        **env: str,
+    ) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
         self.process = subprocess.Popen(
             chat_command(*arguments),
             stdin=slave,
-            stdout=slave,
-            stderr=slave,
+            stdout=slave if stdout is None else stdout,
+            stderr=slave if stderr is None else stderr,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=os.environ | {"TERM": "xterm", "INPUTRC": os.devnull},
+            env=os.environ | {"TERM": "xterm"} | env,
         )
         os.close(slave)
         self.raw, self._forgotten = b"", 0
@@ -209,8 +217,11 @@ def screen() -> Iterator[Callable[..., Screen]]:
     """screen(arguments...) -> a Screen at its first prompt."""
     opened: list[Screen] = []
 
-    def start(*arguments: str | Path) -> Screen:
-        opened.append(Screen(*arguments))
+    def start(*arguments: str | Path, **options: Any) -> Screen:
+        opened.append(Screen(*arguments, **options))
+        if options.get("stderr") is not None:
+            opened[-1].wait_for(PROMPT)
+            return opened[-1]
         opened[-1].banner = opened[-1].wait_for("/help for help.*\r\n" + PROMPT)
         return opened[-1]
 
@@ -297,3 +308,86 @@ def test_answers_cannot_drive_the_terminal(
     assert not set(body) & {
         chr(i) for i in (*range(32), *range(127, 160)) if chr(i) not in "\r\n\t"
     }
+
+
+def test_a_pasted_paragraph_is_one_question(model: Path, screen: Callable[..., Screen]) -> None:
+    s = screen(model, "--temp", "0", "--max-tokens", "3")
+    s.type("\x1b[200~one\rtwo\r\n\nthree 世界\x1b[201~")
+    s.wait_for("three 世界")
+    s.type("\r")
+    pasted = s.wait_for(r"3 tokens.*prompt \d+")
+    s.wait_for(PROMPT)
+    s.type("/reset\r")
+    s.wait_for("forgotten")
+    s.wait_for(PROMPT)
+    for keys in ("one\\\r", "two\x1b\r", "\\\r", "three 世界\r"):  # written line by line
+        s.type(keys)
+    typed = s.wait_for(r"3 tokens.*prompt \d+")
+    assert pasted.rpartition("prompt")[2] == typed.rpartition("prompt")[2]
+    assert "3 tokens" not in s.text
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb", ""])
+@pytest.mark.parametrize("redirected", ["stdout", "stderr", "both"])
+def test_long_lines_are_whole_wherever_the_answer_goes(
+    term: str, redirected: str, model: Path, screen: Callable[..., Screen], tmp_path: Path
+) -> None:
+    streams = ("stdout", "stderr") if redirected == "both" else (redirected,)
+    with (tmp_path / "file").open("wb") as file:
+        s = screen(
+            model, "--temp", "0", "--max-tokens", "3", "--ctx", "16384", "--stats",
+            **dict.fromkeys(streams, file.fileno()), TERM=term,
+        )  # fmt: skip
+        text = "x " * 2500
+        s.type(text)
+        s.type("\r")
+        if redirected == "stdout":
+            talk = s.wait_for(r"prompt \d+")
+        s.wait_for("\n" + PROMPT)
+        s.type("\x04")
+        assert s.code() == 0
+    kept = (tmp_path / "file").read_text("utf-8", "replace")
+    if redirected != "stdout":
+        talk = kept
+        assert "\x1b" not in kept
+    found = re.search(r"prompt (\d+)", talk)
+    assert found
+    assert int(found[1]) > 2500
+    assert "> " not in kept
+
+
+def test_a_dumb_terminal_gets_nothing_but_text(model: Path, screen: Callable[..., Screen]) -> None:
+    s = screen(model, "--temp", "0", "--max-tokens", "3", TERM="dumb")
+    s.type("hello\r")
+    s.wait_for("3 tokens")
+    s.wait_for(PROMPT)
+    assert b"\x1b[2m" not in s.raw
+
+
+@pytest.mark.parametrize(
+    ("settings", "styled"),
+    [
+        ({}, True),
+        ({"NO_COLOR": "1"}, False),
+        ({"NO_COLOR": ""}, True),
+        ({"CLICOLOR": "0"}, False),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, False),
+        ({"TERM": "dumb", "FORCE_COLOR": "1"}, True),
+    ],
+)
+def test_talk_is_dim_where_that_is_wanted(
+    settings: dict[str, str], styled: bool, model: Path, screen: Callable[..., Screen]
+) -> None:
+    s = screen(model, **settings)
+    assert (b"\x1b[2m" in s.raw) == styled
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pipe_goes_on_after_a_line_that_is_too_long(seed: int, model: Path) -> None:
+    draw = random.Random(seed)
+    lines = [draw.choice(["hello", "x " * 400]) for _ in range(4)] + ["x " * 400, "hello"]
+    done = chat(model, "--ctx", "256", "--temp", "0", "--max-tokens", "2", stdin="\n".join(lines))
+    assert done.returncode == 2
+    told = re.findall(rb"error: line (\d+): the message is too long", done.stderr)
+    assert [int(n) for n in told] == [i for i, line in enumerate(lines, 1) if line != "hello"]
+    assert len(re.findall(rb"\[.*2 tokens", done.stderr)) == lines.count("hello")
