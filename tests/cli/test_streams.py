@@ -139,7 +139,7 @@ def test_names_and_encodings(encoding: str, seed: int, shared: Shared, tmp_path:
     os.mkdir(folder)  # noqa: PTH102
     source, out = shared.pocket(), folder + b"/q.gguf"
     environment = os.environ | {"PYTHONIOENCODING": encoding}
-    command = [*RUN, "quantize", os.fspath(source), out, "q8_0"]
+    command: list[str | bytes] = [*RUN, "quantize", os.fspath(source), out, "q8_0"]
     done = subprocess.run(command, capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, out + b"\n"), done.stderr
     again = subprocess.run(command, capture_output=True, env=environment)
@@ -148,18 +148,19 @@ def test_names_and_encodings(encoding: str, seed: int, shared: Shared, tmp_path:
     assert talk.startswith("error: ")
     assert talk.count("\n") == 1
     assert not {unicodedata.category(c) for c in talk.rstrip("\n").replace("\t", "")} & {"Cc", "Cs"}
-    found = subprocess.run([*RUN, "verify", out], capture_output=True, env=environment)
+    check: list[str | bytes] = [*RUN, "verify", out]
+    found = subprocess.run(check, capture_output=True, env=environment)
     assert found.returncode == 0, found.stderr
 
 
 def test_a_name_that_is_no_text_in_json_and_in_llama_cpp(model: Path, tmp_path: Path) -> None:
     out = os.fsencode(tmp_path) + b"/\xff\x1b[31m\n\x7f\xe4.gguf"
-    command = [*RUN, "quantize", str(model), out, "q8_0", "--json"]
+    command: list[str | bytes] = [*RUN, "quantize", str(model), out, "q8_0", "--json"]
     done = subprocess.run(command, capture_output=True, check=True)
     assert os.fsencode(json.loads(done.stdout)["path"]) == out
     assert done.stdout.isascii()
     assert set(done.stdout) & {*range(32), 127} == {ord("\n")}
-    talk = [*RUN, "chat", out, "-p", "x", "--max-tokens", "2"]
+    talk: list[str | bytes] = [*RUN, "chat", out, "-p", "x", "--max-tokens", "2"]
     assert subprocess.run(talk, capture_output=True).returncode == 0
 
 
