@@ -339,6 +339,7 @@ def test_long_lines_are_whole_wherever_the_answer_goes(
             model, "--temp", "0", "--max-tokens", "3", "--ctx", "16384", "--stats",
             **dict.fromkeys(streams, file.fileno()), TERM=term,
         )  # fmt: skip
+        time.sleep(0.5)  # a dumb terminal shows the prompt a moment before it is read
         text = "x " * 2500
         s.type(text)
         s.type("\r")
