@@ -21,7 +21,8 @@ from megrez_gguf.checkpoint.location import Location
 from megrez_gguf.checkpoint.shard_set import Index, choose
 from megrez_gguf.errors import CheckpointError
 from megrez_gguf.storage.opening import opened
-from megrez_gguf.storage.tensor import Shard, Tensor
+from megrez_gguf.storage.shard import Shard
+from megrez_gguf.storage.tensor import Tensor
 from megrez_gguf.text import Say, clip, silent
 
 # The format's own limit on the JSON header.

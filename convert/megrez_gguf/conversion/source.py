@@ -17,7 +17,7 @@ from megrez_gguf.format.model_check import check_counts, open_checked
 from megrez_gguf.format.reader import SPLIT
 from megrez_gguf.format.writer import KeyValues
 from megrez_gguf.quantization.encode import encoding
-from megrez_gguf.storage.tensor import Shard
+from megrez_gguf.storage.shard import Shard
 from megrez_gguf.text import Say, silent
 
 # Tensors with a row for each token, and the kind of token that stands for none.

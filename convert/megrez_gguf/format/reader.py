@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.storage.opening import opened
-from megrez_gguf.storage.tensor import Shard, Tensor
+from megrez_gguf.storage.shard import Shard
+from megrez_gguf.storage.tensor import Tensor
 from megrez_llama import ARCH
 
 MAGIC = b"GGUF"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megrez_gguf.storage.tensor import Shard
+from megrez_gguf.storage.shard import Shard
 from megrez_llama.errors import MegrezError
 
 _HEAD = 4096

@@ -3,63 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megrez_gguf.errors import CheckpointError
+from megrez_gguf.storage.shard import Shard
 
 # Bytes read at once: few enough to stay in the processor's cache through all that is done to them.
 CHUNK = 4 << 20
 
 # What numpy reads a weight as; it has no bfloat16, so those travel as their bit patterns.
 RAW_DTYPE: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file, and what it looked like when its header was read.
-
-    Every file system keeps a file's size and its content. `times` and `inode` are only hints: when
-    they stay, so has the file; when they do not, the content has to be read once more, since
-    networks, FUSE, FAT and overlays round dates and number files anew as they please.
-    """
-
-    path: Path
-    size: int
-    times: tuple[int, int] = field(compare=False)
-    """Of the last change to the content, and to the file at all, which nobody can set back."""
-    inode: int = field(compare=False)
-
-    @classmethod
-    def of(cls, path: Path, status: os.stat_result) -> Shard:
-        return cls(path, status.st_size, (status.st_mtime_ns, status.st_ctime_ns), status.st_ino)
-
-    def may_have_changed(self) -> bool:
-        """Whether only reading the file once more can tell.
-
-        Raises CheckpointError: it has been resized or removed.
-        """
-        try:
-            now = Shard.of(self.path, self.path.stat())
-        except OSError as e:
-            raise CheckpointError(
-                f"{self.path}: vanished while it was read: {e.strerror}"
-            ) from None
-        if now.size != self.size:
-            raise self.changed()
-        return (now.times, now.inode) != (self.times, self.inode)
-
-    def changed(self) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: changed while it was read; wait until the download or the copy is "
-            "done and start again"
-        )
 
 
 @dataclass(frozen=True, slots=True)
