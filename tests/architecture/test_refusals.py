@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,8 +15,9 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.format.model_check import check_model
-from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.format.key_check import RULES
+from megrez_gguf.format.model_check import open_checked
+from megrez_gguf.format.vocabulary_check import DECIDING
 from support.gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
 from support.llama import LlamaError, logits
 from support.samples import Sample
@@ -30,8 +32,7 @@ def attempt(path: Path, reader: bool) -> str:
     """
     try:
         if reader:
-            file = GGUFFile.open(path)
-            check_model(file.values, file.tensors, path)
+            open_checked(path)
     except GGUFError as e:
         return str(e)
     try:
@@ -310,6 +311,99 @@ RUNS_ALONE = {
 }
 
 
+def words(key: str, change: Callable[[list[Any]], Any]) -> Edit:
+    """Change the list in `tokenizer.ggml.KEY`."""
+    return lambda file: change(file.values[f"tokenizer.ggml.{key}"][1][1])
+
+
+def vocabulary(key: str, value: Any, kind: int = U32) -> Edit:
+    def edit(file: Gguf) -> None:
+        file.values[f"tokenizer.ggml.{key}"] = kind, value
+
+    return edit
+
+
+def dropped(*names: str) -> Edit:
+    def edit(file: Gguf) -> None:
+        for name in names:
+            file.values.pop(f"tokenizer.ggml.{name}", None)
+
+    return edit
+
+
+def replaced(place: int, value: Any) -> Callable[[list[Any]], Any]:
+    return lambda values: values.__setitem__(place, value)
+
+
+I32 = 5
+# name -> (what is wrong with the vocabulary, what the message must hold). Some of it only loses
+# text, and llama.cpp alone runs it.
+BAD_VOCABULARIES: dict[str, tuple[Edit, str]] = {
+    **{
+        f"model {name}": (vocabulary("model", name, STRING), f"model is '{name}', expected 'gpt2'")
+        for name in (
+            *("llama", "bert", "t5", "rwkv", "plamo2", "gemma4", "none", "no_vocab", "test"),
+            *("hybriddna", "whitespace", "", "gpt3"),
+        )
+    },
+    "no model": (dropped("model"), "model is None"),
+    "no tokens": (dropped("tokens"), "tokens is no list of strings"),
+    "tokens empty": (vocabulary("tokens", (STRING, []), ARRAY), "tokens is no list of strings"),
+    "tokens of numbers": (vocabulary("tokens", (U32, [1]), ARRAY), "tokens is no list of strings"),
+    "tokens a string": (vocabulary("tokens", "abc", STRING), "tokens is no list of strings"),
+    "an empty token named by another": (
+        lambda f: [words("tokens", replaced(*x))(f) for x in ((3, ""), (9, "[EMPTY_3]"))],
+        "tokens 3 and 9 are the same",
+    ),
+    "a NUL in a token": (words("tokens", replaced(7, "a\0b")), "token 7 has a NUL"),
+    "types missing": (words("token_type", list.pop), "token_type is 383 values, expected"),
+    "types too many": (words("token_type", lambda v: v.append(1)), "token_type is 385 values"),
+    "types a number": (vocabulary("token_type", 1), "token_type is 1, expected"),
+    "types of floats": (vocabulary("token_type", (F32, [1.0] * 384), ARRAY), "token_type is 384"),
+    "scores missing": (vocabulary("scores", (F32, [1.0] * 3), ARRAY), "scores is 3 values"),
+    "scores of strings": (vocabulary("scores", (STRING, ["1"] * 384), ARRAY), "scores is 384"),
+    **{
+        f"a token of type {kind}": (words("token_type", replaced(2, kind)), f"2 has type {kind}")
+        for kind in (-1, 7, 2**31 - 1)
+    },
+    "a byte that is none": (words("token_type", replaced(2, 6)), "token 2 is to be a byte"),
+    "no merges": (dropped("merges"), "merges is no list of strings"),
+    "merges of numbers": (vocabulary("merges", (U32, [1]), ARRAY), "merges is no list of strings"),
+    **{
+        f"a merge {merge!r}": (words("merges", replaced(1, merge)), f"merge 1 is {merge!r}, expe")
+        for merge in ("", " ", "ab", " ab", "ab ", "a b c", "a  b")
+    },
+    "a merge of what is no token": (words("merges", replaced(1, "a zzz")), "'zzz' is no token"),
+    "a merge into what is no token": (words("merges", replaced(1, "q x")), "'qx' is no token"),
+    "a token that merges need": (
+        lambda f: words("tokens", lambda v: v.__setitem__(v.index("\u0120t"), "zzz"))(f),
+        "'\u0120t' is no token",
+    ),
+    **{
+        f"{name} is {number}": (vocabulary(f"{name}_token_id", number), f"{name}_token_id is ")
+        for name in DECIDING
+        for number in (384, 2**31, 2**32 - 1)
+    },
+    "BOS is added, and is none": (
+        lambda f: [dropped("bos_token_id")(f), vocabulary("add_bos_token", True, BOOL)(f)],
+        "add_bos_token = true adds a token",
+    ),
+    "BOS is added by default, and is none": (
+        dropped("bos_token_id", "add_bos_token"),
+        "add_bos_token = true adds a token",
+    ),
+    "EOS is added, and is none": (
+        lambda f: [dropped("eos_token_id")(f), vocabulary("add_eos_token", True, BOOL)(f)],
+        "add_eos_token = true adds a token",
+    ),
+    "no EOS": (dropped("eos_token_id"), "eos_token_id is missing"),
+    "unknown tokens suppressed": (
+        vocabulary("suppress_tokens", (I32, [3, 384]), ARRAY),
+        "suppress_tokens names others",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
     edit, parts = BAD[name]
@@ -349,20 +443,80 @@ def test_truncated(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
         assert all(guard.attempts(paths, reader))
 
 
+@pytest.mark.parametrize("name", BAD_VOCABULARIES)
+def test_bad_vocabulary_is_refused(tiny: Sample, tmp_path: Path, guard: Guard, name: str) -> None:
+    edit, part = BAD_VOCABULARIES[name]
+    file = Gguf.read(tiny.gguf)
+    edit(file)
+    path = file.write(tmp_path / "bad.gguf")
+    (said,) = guard.attempts([path])
+    assert part in said
+    guard.attempts([path], reader=False)
+
+
+def test_any_two_equal_tokens(tiny: Sample, tmp_path: Path, guard: Guard) -> None:
+    draw, paths = random.Random(3), []
+    for number in range(8):
+        file = Gguf.read(tiny.gguf)
+        words = file.values["tokenizer.ggml.tokens"][1][1]
+        one, other = sorted(draw.sample(range(len(words)), 2))
+        words[other] = words[one]
+        paths.append(file.write(tmp_path / f"{number} tokens {one} and {other} are the same.gguf"))
+    for reader in (True, False):
+        for path, said in zip(paths, guard.attempts(paths, reader), strict=True):
+            assert path.stem.partition(" ")[2] in said
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_key_has_its_type(tiny: Sample, tmp_path: Path, name: str) -> None:
+    kinds = {"u32": (U32, 1), "f32": (F32, 1.0), "bool": (BOOL, True), "str": (STRING, "x")}
+    for kind, value in kinds.items():
+        if kind not in RULES[name].types:
+            file = Gguf.read(tiny.gguf)
+            file.values[name] = value
+            with pytest.raises(GGUFError, match=rf"{re.escape(name)} .*{kind}|not a Megrez2 model"):
+                open_checked(file.write(tmp_path / "bad.gguf"))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in RULES if RULES[name].types == ("f32",)))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_every_float_is_a_number(tiny: Sample, tmp_path: Path, name: str, value: float) -> None:
+    file = Gguf.read(tiny.gguf)
+    file.values[name] = F32, value
+    with pytest.raises(GGUFError, match=rf"{name.removeprefix('megrez-moe.')} = {value:g}, expec"):
+        open_checked(file.write(tmp_path / "bad.gguf"))
+
+
 def test_damaged_headers(sample: Callable[..., Sample], tmp_path: Path, guard: Guard) -> None:
     """Bytes changed anywhere before the tensor data: refused or run, alive either way."""
     model = sample(num_hidden_layers=3, vocab_size=300)
     raw, head = model.gguf.read_bytes(), len(Gguf.read(model.gguf).header())
     draw, paths = random.Random(2), []
-    # Most of a header is vocabulary; half of the changes go to the rest.
-    words = raw.index(b"tokenizer.ggml.tokens"), raw.index(b"output_norm.weight")
-    places = [i for i in range(head) if not words[0] + 60 < i < words[1] - 600]
+    # Most of a header is vocabulary; a third of the changes goes there.
+    words = range(raw.index(b"tokenizer.ggml.tokens"), raw.index(b"output_norm.weight"))
+    rest = [place for place in range(head) if place not in words]
     for number in range(300):
         damaged = bytearray(raw)
         for _ in range(draw.choice([1, 1, 1, 2, 4])):
-            place = draw.choice(places) if number % 4 else draw.randrange(head)
+            place = draw.choice(rest if number % 3 else words)
             damaged[place] = draw.choice([0, 1, 255, damaged[place] ^ 1 << draw.randrange(8)])
         paths.append(tmp_path / f"{number}.gguf")
+        paths[-1].write_bytes(damaged)
+    for reader in (True, False):
+        guard.attempts(paths, reader)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_bit_flipped(
+    sample: Callable[..., Sample], tmp_path: Path, guard: Guard, seed: int
+) -> None:
+    model = sample(num_hidden_layers=3, vocab_size=300)
+    raw, head = model.gguf.read_bytes(), len(Gguf.read(model.gguf).header())
+    draw, paths = random.Random(seed), []
+    for place in draw.sample(range(head), 60):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << draw.randrange(8)
+        paths.append(tmp_path / f"{place}.gguf")
         paths[-1].write_bytes(damaged)
     for reader in (True, False):
         guard.attempts(paths, reader)

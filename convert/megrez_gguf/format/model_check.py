@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import GGUFError
+from megrez_gguf.format.key_check import key_faults
 from megrez_gguf.format.reader import GGUFFile
+from megrez_gguf.format.vocabulary_check import vocabulary_faults
 from megrez_gguf.storage.tensor import Tensor
 from megrez_llama import ARCH
 from megrez_llama import MAX_LAYERS as MAX_LAYERS
@@ -28,6 +30,9 @@ _ONCE = ("token_embd", "output_norm", "output")
 def open_checked(path: Path) -> GGUFFile:
     """The Megrez2 model in the file `path`, fit to be given to llama.cpp. Raises GGUFError."""
     file = GGUFFile.open_model(path)
+    for faults in (key_faults(file.values, file.raw), vocabulary_faults(file.values)):
+        for fault in faults:
+            raise GGUFError(f"{path}: {fault}")
     check_model(file.values, file.tensors, path)
     return file
 

@@ -41,6 +41,9 @@ _SCALARS = {
 
 # What tells the parts of a split file, and that they belong together: number, parts, tensors.
 SPLIT = ("split.no", "split.count", "split.tensors.count")
+# Real headers take 10 MiB at most; read, one takes up to 40 times its size.
+MAX_HEADER = 64 << 20
+_MAX_NAME = 63  # GGML_MAX_NAME, without the end of a C string
 _PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.gguf", re.DOTALL)
 
 
@@ -49,6 +52,11 @@ class RawValue:
     """A value as it lies in a file: its type and its bytes."""
 
     data: bytes
+
+    @property
+    def type(self) -> int:
+        """Number of the GGUF value type; 9 is an array, of whatever."""
+        return int.from_bytes(self.data[:4], "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +195,8 @@ class _Reader:
                 f"{what}: {count} bytes announced, {self.shard.size - self.position} left: "
                 "truncated or damaged"
             )
+        if self.position + count > MAX_HEADER:
+            self.fail(f"{what}: goes beyond {MAX_HEADER >> 20} MiB of header: damaged")
         data = self.file.read(count)
         if len(data) != count:
             self.fail(f"{what}: the file ended early; it shrank while it was read")
@@ -223,10 +233,14 @@ class _Reader:
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string("a tensor name")
+        if len(name.encode()) > _MAX_NAME:
+            self.fail(f"tensor {name[:80]}...: its name is longer than {_MAX_NAME} bytes")
         rank = self.number("I", name)
         if not 0 < rank <= 4:
             self.fail(f"tensor {name}: has {rank} dimensions; expected 1 to 4")
         shape = tuple(reversed([self.number("Q", name) for _ in range(rank)]))
+        if 0 in shape:
+            self.fail(f"tensor {name}: is empty, of shape {shape}")
         return name, shape, self.number("I", name), self.number("Q", name)
 
     def place(
@@ -236,8 +250,8 @@ class _Reader:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         alignment = values.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 8 or alignment % 8:
-            self.fail(f"general.alignment: {alignment!r} is not a multiple of 8")
+        if type(alignment) is not int or alignment < 8 or alignment & alignment - 1:
+            self.fail(f"general.alignment: {alignment!r} is not a power of two, 8 or more")
         start = -(-self.position // alignment) * alignment
         tensors: list[Tensor] = []
         names: set[str] = set()

@@ -218,7 +218,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "alignment 0": (
         head(0, 1, pair("general.alignment", 4, bytes(4)), bytes(99)),
-        "general.alignment: 0 is not a multiple of 8",
+        "general.alignment: 0 is not a power of two",
     ),
 }
 
