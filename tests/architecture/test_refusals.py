@@ -18,7 +18,7 @@ from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.key_check import RULES
 from megrez_gguf.format.model_check import open_checked
 from megrez_gguf.format.vocabulary_check import DECIDING
-from support.gguf_edit import ARRAY, BOOL, F32, STRING, U32, Gguf, Tensor, floats
+from support.gguf_edit import ARRAY, BOOL, F32, I32, STRING, U32, Gguf, Tensor, floats
 from support.llama import LlamaError, logits
 from support.samples import Sample
 
@@ -335,7 +335,6 @@ def replaced(place: int, value: Any) -> Callable[[list[Any]], Any]:
     return lambda values: values.__setitem__(place, value)
 
 
-I32 = 5
 # name -> (what is wrong with the vocabulary, what the message must hold). Some of it only loses
 # text, and llama.cpp alone runs it.
 BAD_VOCABULARIES: dict[str, tuple[Edit, str]] = {

@@ -30,6 +30,15 @@ static std::string to_string(const std::vector<int> & layers) {
 void llama_model_megrez_moe::load_arch_hparams(llama_model_loader & ml) {
     const int n_layer = hparams.n_layer();
 
+    // others are no Megrez2's, and less is known of what a damaged one does; "test" is that of test-llama-archs
+    std::string vocab;
+    if (ml.get_key(LLM_KV_TOKENIZER_MODEL, vocab, false) && vocab != "gpt2" && vocab != "test") {
+        throw std::runtime_error(format("tokenizer.ggml.model = %s, expected gpt2", vocab.c_str()));
+    }
+    if (!hparams.causal_attn) {
+        throw std::runtime_error("attention.causal = false: this model's attention is causal");
+    }
+
     const auto find = [&](llm_tensor tensor, int il) {
         return ml.get_tensor_meta(LLM_TN(arch)(tensor, "weight", il).str().c_str());
     };
@@ -76,6 +85,9 @@ void llama_model_megrez_moe::load_arch_hparams(llama_model_loader & ml) {
     ml.get_key(LLM_KV_EXPERT_WEIGHTS_SCALE,              hparams.expert_weights_scale,     false);
     ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all, required);
 
+    if (hparams.expert_gating_func < LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX || hparams.expert_gating_func > LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX_WEIGHT) {
+        throw std::runtime_error(format("expert_gating_func = %u, expected 1 (softmax) or 2 (sigmoid)", hparams.expert_gating_func));
+    }
     if (hparams.experts_shared_frequency == 0) {
         throw std::runtime_error("experts_shared_frequency must be > 0");
     }
