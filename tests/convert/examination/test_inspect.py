@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from gguf import GGUFWriter
 import megrez_gguf
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.examination.inspection import Group
+from megrez_gguf.format.reader import MAX_HEADER, GGUFFile
 from support.checkpoints import Make, bf16, edit_json, merge
 from support.commands import cli
 
@@ -216,6 +219,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         head(2, 0, tensor("t", (1,)), tensor("t", (1,)), bytes(200)),
         "t appears twice",
     ),
+    "a name too long": (head(1, 0, tensor("t" * 64, (1,)), bytes(99)), "longer than 63 bytes"),
+    "a side of 0": (head(1, 0, tensor("t", (4, 0)), bytes(99)), "t: is empty, of shape (0, 4)"),
+    "alignment 24": (
+        head(0, 1, pair("general.alignment", 4, struct.pack("<I", 24)), bytes(99)),
+        "general.alignment: 24 is not a power of two",
+    ),
     "alignment 0": (
         head(0, 1, pair("general.alignment", 4, bytes(4)), bytes(99)),
         "general.alignment: 0 is not a power of two",
@@ -233,6 +242,51 @@ def test_hostile(case: str, tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {path}: ")
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def repeated(kind: int, element: bytes) -> bytes:
+    count = (1 << 18) // len(element)
+    array = struct.pack("<IQ", kind, count) + element * count
+    return head(0, 1, pair("a", 9, array), bytes(99))
+
+
+GREEDY: dict[str, Callable[[], bytes]] = {
+    "bytes": lambda: repeated(0, b"\xff"),
+    "flags": lambda: repeated(7, b"\1"),
+    "numbers": lambda: repeated(4, b"\xff" * 4),
+    "floats": lambda: repeated(6, b"abcd"),
+    "doubles": lambda: repeated(12, b"abcdefgh"),
+    "empty strings": lambda: repeated(8, text("")),
+    "short strings": lambda: repeated(8, text("ab")),
+    "keys": lambda: head(0, 12000, *(pair(f"{i:x}", 0, b"1") for i in range(12000))),
+    "tensors": lambda: head(6000, 0, *(tensor(f"{i:x}", (1,)) for i in range(6000)), bytes(99)),
+}
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_memory_is_bounded_by_the_file(case: str, tmp_path: Path) -> None:
+    data = GREEDY[case]()
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    with suppress(GGUFError):
+        GGUFFile.open(path)
+    tracemalloc.start()
+    try:
+        with suppress(GGUFError):
+            GGUFFile.open(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * len(data)
+
+
+def test_header_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head(0, 1, pair("a", 9, struct.pack("<IQ", 0, MAX_HEADER))))
+    with path.open("r+b") as file:
+        file.truncate(2 * MAX_HEADER)
+    with pytest.raises(GGUFError, match="a: goes beyond 64 MiB of header"):
+        GGUFFile.open(path)
 
 
 def test_truncated_anywhere(model: Path, tmp_path: Path) -> None:
