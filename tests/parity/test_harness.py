@@ -316,7 +316,7 @@ def test_a_file_without_our_keys(
         (["--ctx", "3"], "4 windows of 3 tokens"),
         (["--windows", "0"], "0 windows of 512 tokens"),
         (["--ctx", "100000"], "shorter than one window of 100000"),
-        (["--text", "nowhere.txt"], "nowhere.txt: cannot be read as UTF-8 text"),
+        (["--text", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
         (["--gguf", "nowhere.gguf"], "nowhere.gguf: no such file"),
         (["--thresholds", "nowhere.json"], "nowhere.json: cannot be read as thresholds"),
         (["--levels", "q4_0+imatrix", "--imatrix", "nowhere.gguf"], "nowhere.gguf: "),

@@ -405,7 +405,7 @@ def test_the_command_merges(
     [
         ([], "0 texts, 0 matrices"),
         (["{model}"], "0 texts, 0 matrices"),
-        (["{model}", "nowhere.txt"], "nowhere.txt: cannot be read as UTF-8 text"),
+        (["{model}", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
         (["nowhere.gguf", "{text}"], "nowhere.gguf: no such file"),
         (["{model}", "{text}", "--ctx", "100000"], "70616 tokens, and one chunk takes 100000"),
         (["--merge", "nowhere.gguf"], "nowhere.gguf: cannot be read"),

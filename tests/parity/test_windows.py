@@ -107,7 +107,7 @@ def test_refusals(tmp_path: Path) -> None:
     elsewhere = replace(pocket, place=Location(tmp_path), documents=documents)
     with pytest.raises(ConfigError, match="shorter than one window of 100000"):
         read_corpus(pocket, TEXTS, n_ctx=100_000, n_windows=1)
-    with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_corpus(pocket, [tmp_path / "nowhere.txt"], n_ctx=16, n_windows=1)
     latin = tmp_path / "latin1.txt"
     latin.write_bytes(b"caf\xe9" * 500)
