@@ -19,16 +19,10 @@ from numpy.typing import NDArray
 
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.checkpoint.tokenizer import NORMAL, Vocabulary, read_vocabulary
-from megrez_gguf.errors import ConfigError, RuntimeUnavailableError, TokenizerError
+from megrez_gguf.checkpoint.tokenizer_judge import library_tokenizer
+from megrez_gguf.errors import ConfigError, RuntimeUnavailableError
 from megrez_gguf.text import read_text
 from megrez_parity.results import Text
-
-try:
-    from tokenizers import Tokenizer
-except ImportError as e:
-    raise RuntimeUnavailableError(
-        f"parity needs tokenizers ({e}); pip install 'megrez-gguf[parity]'"
-    ) from None
 
 Tokens = NDArray[np.int32]
 
@@ -101,7 +95,12 @@ def read_corpus(
     """
     paths = list(texts) or _default_texts(checkpoint.folder)
     vocabulary = read_vocabulary(checkpoint.documents, checkpoint.config.vocab_size)
-    tokenizer = _tokenizer(checkpoint.folder / "tokenizer.json")
+    try:
+        tokenizer = library_tokenizer(checkpoint.folder / "tokenizer.json")
+    except ImportError as e:
+        raise RuntimeUnavailableError(
+            f"parity needs tokenizers ({e}); pip install 'megrez-gguf[parity]'"
+        ) from None
     bos = vocabulary.special["bos"] if vocabulary.add_bos else None
     stems = Counter(path.stem for path in paths)
     corpus = Corpus([], [], [], [], [], vocabulary)
@@ -132,16 +131,6 @@ def _window(ids: Tokens, start: int, length: int, bos: int | None) -> Tokens:
     if bos is not None:
         window[0] = bos  # in the place of a token, as llama-perplexity does
     return window
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())  # whose name need not be UTF-8
-    except Exception as e:  # the library raises nothing more special
-        raise TokenizerError(f"{path}: the tokenizers library cannot read it: {e}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _default_texts(folder: Path) -> list[Path]:

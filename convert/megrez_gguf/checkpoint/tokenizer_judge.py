@@ -5,9 +5,12 @@ What it makes of a tokenizer.json is what the model was trained on, whatever the
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from megrez_gguf.checkpoint.bpe import ALPHABET, BPE
 from megrez_gguf.errors import TokenizerError
@@ -28,21 +31,10 @@ def judge(path: Path, bpe: BPE, ids: Mapping[str, int]) -> None:
     Raises TokenizerError: the library refuses the file, or differs.
     """
     try:
-        import tokenizers
+        tokenizer = library_tokenizer(path)
     except ImportError:
         return
-    library = f"the tokenizers library ({tokenizers.__version__})"
-    with opened(path, TokenizerError) as (file, _):
-        raw = file.read()
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # a panic of the library is no Exception
-        raise TokenizerError(
-            f"{path}: {library} refuses it: {e}; save it again with a current transformers, or "
-            "install a current tokenizers if this one is older than the file"
-        ) from None
+    library = _library()
     theirs = tokenizer.get_vocab(with_added_tokens=True)
     if different := [t for t in {**ids, **theirs} if theirs.get(t) != ids.get(t)]:
         token = different[0]
@@ -58,6 +50,33 @@ def judge(path: Path, bpe: BPE, ids: Mapping[str, int]) -> None:
                 f"{path}: {library} cuts {clip(word)} into tokens {expected}, and llama.cpp would "
                 f"cut it into {found}"
             )
+
+
+def library_tokenizer(path: Path) -> Any:
+    """The library's `Tokenizer` of the tokenizer.json at `path`, which cuts and pads nothing.
+
+    Raises ImportError without the library; TokenizerError: the library refuses the file.
+    """
+    from tokenizers import Tokenizer
+
+    with opened(path, TokenizerError) as (file, _):
+        raw = file.read().removeprefix(codecs.BOM_UTF8)  # which changes nothing
+    try:
+        tokenizer = Tokenizer.from_buffer(raw)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of the library is no Exception
+        raise TokenizerError(
+            f"{path}: {_library()} refuses it: {e}; save it again with a current transformers, or "
+            "install a current tokenizers if this one is older than the file"
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _library() -> str:
+    return f"the tokenizers library ({metadata.version('tokenizers')})"
 
 
 def _id(i: int | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import megrez_gguf
 from megrez_gguf.checkpoint.config import ModelConfig
 from megrez_gguf.checkpoint.documents import Documents
 from megrez_gguf.checkpoint.json_file import load_json, read_object
@@ -30,9 +31,13 @@ def write(path: Path, content: bytes | str = TEXT) -> Path:
 # --- JSON --------------------------------------------------------------------------------------
 
 
-def test_a_byte_order_mark_changes_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "config.json", b"\xef\xbb\xbf" + TEXT.encode())
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(TINY)
+def test_a_byte_order_mark_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain.gguf", tmp_path / "marked.gguf"
+    megrez_gguf.convert(checkpoint, plain)
+    for path in checkpoint.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    megrez_gguf.convert(checkpoint, marked)
+    assert marked.read_bytes() == plain.read_bytes()
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])

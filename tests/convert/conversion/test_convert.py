@@ -319,7 +319,7 @@ def test_default_name(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_unknown_outtype(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="level 'q4': did you mean .*expected one of f32, bf16"):
+    with pytest.raises(ConfigError, match=r"level 'q4': did you mean .*expected one of f32, bf16"):
         megrez_gguf.convert(checkpoint, outtype="q4")
     assert cli("convert", checkpoint, "--outtype", "q4").exit_code == 2
 
