@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.errors import ConfigError
-from megrez_gguf.quantization import levels
+from megrez_gguf.quantization import levels, patterns
+from megrez_gguf.text import clip
 
 _FOLDER = Path(__file__).with_name("recipes")
 
@@ -89,7 +90,7 @@ def _parse(name: str, where: str, text: str) -> Recipe:
 
     try:
         raw: dict[str, Any] = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # also of numbers too long to convert
         raise fail(f"cannot be read as TOML: {e}") from None
     if unknown := raw.keys() - {"description", "level", "types"}:
         raise fail(f"unknown key {min(unknown)!r}; expected description, level and [types]")
@@ -107,9 +108,11 @@ def _parse(name: str, where: str, text: str) -> Recipe:
             if not isinstance(kind, str):
                 raise ConfigError(f"types: {pattern!r}: expected the name of a type")
             type_number(kind)
-            re.compile(pattern)
+            patterns.check(pattern)
     except ConfigError as e:
         raise fail(str(e)) from None
     except re.error as e:
-        raise fail(f"types: {pattern!r} is no regular expression: {e}") from None
+        raise fail(
+            f"types: {clip(pattern)} is no regular expression, or none for names: {e}"
+        ) from None
     return Recipe(name, level, tuple(types.items()), description)
