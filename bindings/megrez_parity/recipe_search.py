@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
+from megrez_gguf.checkpoint.json_file import MALFORMED, load_json
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion.convert import convert, plan_convert
 from megrez_gguf.conversion.plan import Conversion
 from megrez_gguf.errors import ConfigError, OutputError
 from megrez_gguf.quantization.recipe import Recipe
 from megrez_gguf.storage.output import OutputFiles
-from megrez_gguf.text import Say, silent
+from megrez_gguf.text import Say, clip, silent
 from megrez_llama.engine import Engine
 from megrez_parity.harness import measure
 from megrez_parity.level_files import IMATRIX, PREFIX
@@ -247,6 +248,31 @@ def roles_of(checkpoint: Path) -> list[str]:
 # --- measuring ---------------------------------------------------------------------------------
 
 
+def read_log(path: Path) -> dict[str, float]:
+    """What was measured before: the mean KLD, in nats, by a mix's types as JSON.
+
+    Raises OutputError: it cannot be read, or a line is damaged; the last may have been cut off.
+    """
+    known = {}
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as e:
+        raise OutputError(f"{path}: cannot be read: {e.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = load_json(line)
+            types = [[str(pattern), str(kind)] for pattern, kind in entry["types"]]
+            known[json.dumps(types)] = float(entry["mean_kld"])
+        except MALFORMED as e:
+            raise OutputError(
+                f"{path}: line {number} is damaged ({clip(e)}); remove it, and that is measured "
+                "anew"
+            ) from None
+    return known
+
+
 class Meter:
     """Mean KLD of recipes from the reference, over windows nobody is judged by."""
 
@@ -283,12 +309,7 @@ class Meter:
         weighted = f"-{sha256([imatrix])[0][:16]}" if imatrix else ""
         self._log = work / f"measured-{key}{weighted}.jsonl"
         self._file = work / "candidate.gguf"
-        self._known: dict[str, float] = {}
-        if self._log.exists():
-            for line in self._log.read_text("utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # the last one may have been cut off
-                    entry = json.loads(line)
-                    self._known[json.dumps(entry["types"])] = entry["mean_kld"]
+        self._known = read_log(self._log)
 
     def mean_kld(self, mix: Recipe) -> float:
         """In nats. Raises ConfigError where it is not finite, and whatever llama.cpp raises."""

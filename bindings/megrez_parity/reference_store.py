@@ -27,7 +27,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ from torch import Tensor
 
 from megrez_gguf.checkpoint import config as config_module
 from megrez_gguf.checkpoint.config import ModelConfig
+from megrez_gguf.checkpoint.json_file import MALFORMED, load_json
 from megrez_gguf.errors import OutputError
 from megrez_gguf.machine import available_cpus
-from megrez_gguf.text import Say
+from megrez_gguf.text import Say, clip
 from megrez_llama.nodes import ENTERS
 from megrez_parity import reference
 from megrez_parity.reference import CheckpointWeights
@@ -72,6 +73,27 @@ def cache_key(
     """Hex digest of what a `StoredReference` of these arguments is computed from."""
     key = _key(config, CheckpointWeights(checkpoint), windows, weights_sha256)
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was noted on a stage; see `StoredReference` for the fields."""
+
+    seconds: float = 0.0
+    peak_rss: int = 0
+    maxima: dict[str, float] = field(default_factory=dict)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of the stage in `folder`; None when it is not there or not whole."""
+    try:
+        raw = load_json((folder / "record.json").read_bytes())
+        if any((folder / name).stat().st_size != size for name, size in raw["files"].items()):
+            return None
+        maxima = {str(name): float(size) for name, size in raw["maxima"].items()}
+        return Record(float(raw["seconds"]), int(raw["peak_rss"]), maxima)
+    except (OSError, *MALFORMED):
+        return None
 
 
 class StoredReference:
@@ -123,13 +145,13 @@ class StoredReference:
         Raises OutputError when the folder cannot be written.
         """
         stages = [f"layer-{i:02}" for i in range(self._config.num_hidden_layers)] + ["head"]
-        self.cached = all(self._record(stage) for stage in stages)
+        self.cached = all(read_record(self.folder / stage) for stage in stages)
         if not self.cached:
             threads = torch.get_num_threads()
             torch.set_num_threads(min(threads, available_cpus()))
             try:
                 with self._locked():
-                    self._compute([stage for stage in stages if not self._record(stage)])
+                    self._compute([s for s in stages if not read_record(self.folder / s)])
             except OSError as e:
                 reason = e.strerror or e
                 raise OutputError(
@@ -138,13 +160,13 @@ class StoredReference:
             finally:
                 torch.set_num_threads(threads)
                 self._weights.reopen()
-        records = [self._record(stage) or {} for stage in stages]
-        self.seconds = sum(record["seconds"] for record in records)
-        self.peak_rss = max(record["peak_rss"] for record in records)
+        records = [read_record(self.folder / stage) or Record() for stage in stages]
+        self.seconds = sum(record.seconds for record in records)
+        self.peak_rss = max(record.peak_rss for record in records)
         self.maxima = {
             (name, -1 if stage == "head" else layer): size
             for layer, (stage, record) in enumerate(zip(stages, records, strict=True))
-            for name, size in record["maxima"].items()
+            for name, size in record.maxima.items()
         }
 
     def logits(self, window: int) -> Floats:
@@ -244,16 +266,6 @@ class StoredReference:
 
     # --- the folder -----------------------------------------------------------------------------
 
-    def _record(self, stage: str) -> dict[str, Any] | None:
-        """What was noted on a stage; None when it is not there or not whole."""
-        folder = self.folder / stage
-        try:
-            record: dict[str, Any] = json.loads((folder / "record.json").read_text("utf-8"))
-            files = record["files"].items()
-            return record if all((folder / n).stat().st_size == size for n, size in files) else None
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-
     def _check_folder(self) -> None:
         """Raise OutputError unless the folder is new, empty, or this reference's."""
         try:
@@ -271,16 +283,16 @@ class StoredReference:
                 f"{self.folder}: no folder to keep a reference: {e.strerror}"
             ) from None
         try:
-            found = json.loads(text)
+            found = load_json(text)
             other = [name for name in self._key if found.get(name) != self._key[name]]
-        except (ValueError, AttributeError):
+        except MALFORMED:
             raise OutputError(
                 f"{self.folder / _MANIFEST}: damaged; remove the folder or choose another one"
             ) from None
         if other:
             raise OutputError(
                 f"{self.folder}: a cache of "
-                + ", ".join(f"other {n} ({found.get(n)}, here {self._key[n]})" for n in other)
+                + ", ".join(f"other {n} ({clip(found.get(n))}, here {self._key[n]})" for n in other)
                 + "; remove the folder or choose another one"
             )
 

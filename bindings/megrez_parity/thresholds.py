@@ -7,14 +7,15 @@ alone holds for every model and any text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from megrez_gguf.checkpoint.json_file import MALFORMED, load_json
 from megrez_gguf.errors import ConfigError
+from megrez_gguf.text import clip
 from megrez_llama.nodes import TRACED
 from megrez_parity.results import Metrics
 
@@ -69,14 +70,14 @@ class Thresholds:
         """
         committed = resources.files("megrez_parity").joinpath("thresholds.json")
         try:
-            raw = json.loads((path or committed).read_text("utf-8"))
+            raw = load_json((path or committed).read_bytes())
             bounds = {name: dict(level) for name, level in raw["levels"].items()}
             local = {name: _numbers(bounds[name].pop("trace", {})) for name in bounds}
             figures = {name: _numbers(level) for name, level in bounds.items()}
             texts = {str(text): int(windows) for text, windows in raw.get("texts", {}).items()}
             weights, context = str(raw.get("weights_sha256", "")), int(raw.get("context", 0))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ConfigError(f"{path}: cannot be read as thresholds: {e!r}") from None
+        except (OSError, *MALFORMED) as e:
+            raise ConfigError(f"{path}: cannot be read as thresholds: {clip(e)}") from None
         if unknown := {name for level in figures.values() for name in level} - _NAMES:
             raise ConfigError(
                 f"{path}: no figure is called {', '.join(sorted(unknown))}; "

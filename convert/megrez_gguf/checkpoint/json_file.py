@@ -14,6 +14,8 @@ from megrez_gguf.storage.opening import opened
 # Far beyond what any of these files holds, and far from what breaks a recursive reader.
 _MAX_DEPTH = 100
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+# What taking apart a document raises that is not of the expected form.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 # The second half of an escaped pair looks like this too; what follows tells.
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
