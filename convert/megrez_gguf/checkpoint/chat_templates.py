@@ -56,7 +56,7 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, s
 def syntax_error(template: str) -> str | None:
     """Why transformers would not take `template`; None where it would or jinja2 is missing."""
     try:
-        from jinja2 import nodes
+        from jinja2 import nodes, pass_context
         from jinja2.ext import Extension, loopcontrols
         from jinja2.parser import Parser
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -75,8 +75,15 @@ def syntax_error(template: str) -> str | None:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
+
+    @pass_context
+    def at_run_time(*arguments: object) -> None:
+        """In place of a filter or a test; what reads the context is not called before."""
+
     # Otherwise the compiler computes constants, however large.
     environment.intercepted_binops = frozenset(environment.default_binop_table)
+    environment.filters = dict.fromkeys(environment.filters, at_run_time)
+    environment.tests = dict.fromkeys(environment.tests, at_run_time)
     try:
         environment.compile(template)
     except Exception as e:  # what computing constants raises, too
