@@ -232,6 +232,12 @@ class ModelConfig:
                 f"{self.num_experts_per_tok} is more than "
                 f"n_routed_experts = {self.n_routed_experts}",
             )
+        if self.shared_intermediate_size >= 2**31:
+            r.fail(
+                "n_shared_experts",
+                f"{self.n_shared_experts} of moe_intermediate_size = {self.moe_intermediate_size} "
+                "are wider together than llama.cpp can tell: 2^31 - 1",
+            )
         if self.routed_scaling_factor == 0:
             r.fail("routed_scaling_factor", "0 would switch every routed expert off")
         self._check_groups(r)

@@ -18,6 +18,8 @@ from megrez_gguf.text import few
 SUFFIX = ".safetensors"
 
 _PART = re.compile(r"(.+?)[-_.](\d{1,9})[-_]?of[-_]?(\d{1,9})(.*)\.safetensors", re.ASCII)
+# More than any model has: the names of those that are missing are made up.
+_MOST_PARTS = 10_000
 # What lies beside a model and is no model.
 _BESIDE = re.compile(
     r"(?:^|[-_.])(?:adapters?|lora|optim(?:izer)?|scheduler|random_states?|rng_states?)(?:[-_.]|$)",
@@ -148,7 +150,7 @@ def _sets(files: Iterable[str]) -> list[_Set]:
     found: dict[tuple[str, int], dict[int, str]] = {}
     for name in sorted(files):
         match = _PART.fullmatch(name)
-        if match and 1 <= int(match[2]) <= int(match[3]):
+        if match and 1 <= int(match[2]) <= int(match[3]) <= _MOST_PARTS:
             found.setdefault((match[1] + match[4], int(match[3])), {})[int(match[2])] = name
         else:
             found[name.removesuffix(SUFFIX), 0] = {1: name}

@@ -26,6 +26,8 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 # Other forms of a tokenizer, from which transformers makes a tokenizer.json.
 _FORMS = ("tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "vocab.txt")
+# Of a token; int() refuses thousands.
+_ID_DIGITS = 10
 
 # Settings of tokenizer_config.json that GGUF has no key for, and what they may change.
 _SETTINGS = {
@@ -168,7 +170,7 @@ class _Builder:
         texts = {t.id: t.text for t in listed}
         decoder = self.config.get("added_tokens_decoder")
         for key, entry in decoder.items() if isinstance(decoder, dict) else ():
-            known = isinstance(entry, dict) and key.isdecimal()
+            known = isinstance(entry, dict) and key.isdecimal() and len(key) <= _ID_DIGITS
             token = _added({**entry, "id": int(key)}) if known else None
             if token is None:
                 self.fail(f"added_tokens_decoder: {key!r} is malformed", TOKENIZER_CONFIG)

@@ -15,11 +15,11 @@ from megrez_gguf.checkpoint.location import Location
 from megrez_gguf.checkpoint.shards import Checkpoint, announced_shards
 from megrez_gguf.conversion import copies, layout, metadata
 from megrez_gguf.errors import GGUFError
-from megrez_gguf.format.model_check import layers_with, pool_layers
+from megrez_gguf.format.model_check import MAX_LAYERS, layers_with, pool_layers
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import encode
 from megrez_gguf.storage.tensor import RAW_DTYPE, Tensor
-from megrez_gguf.text import Progress, Say, format_size, silent
+from megrez_gguf.text import Progress, Say, clip, format_size, silent
 from megrez_llama import ARCH
 
 
@@ -135,9 +135,10 @@ def _gguf(path: Path) -> tuple[Inspection, list[tuple[Tensor, ...]]]:
         if key.startswith(prefix)
     }
     layers = hyperparameters.get("block_count")
-    if type(layers) is not int or not 0 < layers <= 2**20:
+    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
         raise GGUFError(
-            f"{path}: {prefix}block_count: expected a positive integer, found {layers!r}"
+            f"{path}: {prefix}block_count: expected an integer from 1 to {MAX_LAYERS}, found "
+            f"{clip(layers)}"
         )
     moe = layers_with("ffn_gate_inp", file.tensors, layers)
     pools = layers_with("ffn_gate_exps", file.tensors, layers)
@@ -187,12 +188,14 @@ def _groups(moe: Iterable[int], pools: Iterable[int]) -> tuple[Group, ...]:
 
 def _contradictions(report: Inspection, moe: list[int], pools: list[int]) -> Iterator[str]:
     period = report.hyperparameters.get("experts_shared_frequency")
+    lead = report.hyperparameters.get("leading_dense_block_count", moe[0])
     if period is None:
         yield "no experts_shared_frequency: the groups are read from which layers hold experts"
     elif type(period) is not int or period < 1:
-        yield f"experts_shared_frequency is {period!r}"
+        yield f"experts_shared_frequency is {clip(period)}"
+    elif type(lead) is not int:
+        yield f"leading_dense_block_count is {clip(lead)}"
     else:
-        lead = report.hyperparameters.get("leading_dense_block_count", moe[0])
         expected = pool_layers(moe, lead, period)
         if expected != pools:
             yield (
