@@ -52,7 +52,12 @@ class Gguf:
 
     @classmethod
     def read(cls, path: Path) -> Gguf:
-        raw, file, at = path.read_bytes(), cls(), 8
+        return cls.parse(path.read_bytes())
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Gguf:
+        """Of a sound file: what is damaged raises whatever comes first."""
+        file, at = cls(), 8
 
         def take(code: str) -> Any:
             nonlocal at
@@ -122,8 +127,11 @@ class Gguf:
             offset += -(-len(tensor.data) // ALIGNMENT) * ALIGNMENT
         return _padded(b"".join(out))
 
+    def to_bytes(self) -> bytes:
+        return self.header() + b"".join(_padded(t.data) for t in self.tensors.values())
+
     def write(self, path: Path) -> Path:
-        path.write_bytes(self.header() + b"".join(_padded(t.data) for t in self.tensors.values()))
+        path.write_bytes(self.to_bytes())
         return path
 
     def drop(self, *keys: str) -> None:
