@@ -292,7 +292,9 @@ class StoredReference:
         if other:
             raise OutputError(
                 f"{self.folder}: a cache of "
-                + ", ".join(f"other {n} ({clip(found.get(n))}, here {self._key[n]})" for n in other)
+                + ", ".join(
+                    f"other {n} ({clip(found.get(n))}, here {clip(self._key[n])})" for n in other
+                )
                 + "; remove the folder or choose another one"
             )
 

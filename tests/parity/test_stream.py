@@ -279,18 +279,18 @@ def test_a_cache_of_something_else_is_refused(
         assert "remove the folder or choose another" in str(caught.value)
         assert contents(cache) == before
 
-    refused(r"cache of other weights \(weights, here others\); ", weights="others")
-    refused(r"cache of other text \(\w{16}, here \w{16}\); ", windows=windows[:2])
+    refused(r"cache of other weights \('weights', here 'others'\); ", weights="others")
+    refused(r"cache of other text \('\w{16}', here '\w{16}'\); ", windows=windows[:2])
     shorter = [window[:20] for window in windows]
     refused(r"cache of other context \(33, here 20\), other text", windows=shorter)
     with monkeypatch.context() as changed:
         changed.setattr(reference_store, "DOUBLE_LIMIT", 1)
-        refused(r"cache of other dtype \(float64, here float32\); ")
+        refused(r"cache of other dtype \('float64', here 'float32'\); ")
         keys.append(cache_key(ModelConfig.from_folder(small), small, windows, "weights"))
     with monkeypatch.context() as changed:
         (tmp_path / "other.py").write_text("# another version of the code")
         changed.setattr(reference, "__file__", str(tmp_path / "other.py"))
-        refused(r"cache of other code \(\w{16}, here \w{16}\); ")
+        refused(r"cache of other code \('\w{16}', here '\w{16}'\); ")
         keys.append(cache_key(ModelConfig.from_folder(small), small, windows, "weights"))
     raw = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(raw | {"rope_theta": 5000.0}))
