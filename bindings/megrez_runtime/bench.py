@@ -99,7 +99,6 @@ def bench(
     llm = load(path, n_ctx=n_ctx, say=say, **options)
     with contextlib.closing(llm):
         rng = np.random.default_rng(seed)
-        text = rng.integers(0, llm.n_vocab(), (n_repeats, 2, n_ctx), dtype=np.int32)
 
         def timed(batches: list[Any]) -> tuple[float, ExpertStats | None]:
             before, start = expert_stats(llm), time.perf_counter()
@@ -109,7 +108,8 @@ def bench(
             return seconds, after.since(before) if after and before else None
 
         prefills, decodes = [], []
-        for first, second in text:
+        for _ in range(n_repeats):
+            first, second = rng.integers(0, llm.n_vocab(), (2, n_ctx), dtype=np.int32)
             if n_prompt:
                 llm.reset()
                 prefills.append(timed([first[:n_prompt]]))
