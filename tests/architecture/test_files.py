@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+from megrez_gguf.format.model_check import open_checked
 from support.gguf_edit import ARRAY, U32, Gguf
 from support.llama import LlamaError, Model, logits, nmse, quantize
 from support.samples import TOKENS, Sample
@@ -182,3 +184,12 @@ def test_every_type_runs_or_is_refused(
             Model(path)
     else:
         assert np.isfinite(logits(path, TOKENS[:8])).all()
+
+
+def test_a_file_that_llama_cpp_saved_is_a_model(tiny: Sample, tmp_path: Path) -> None:
+    """Its saver writes keys of its own, some with what stands for "not set"."""
+    saved = tmp_path / "saved.gguf"
+    with Model(tiny.gguf) as model:
+        llama_cpp.llama_model_save_to_file(model.handle, str(saved).encode())
+    open_checked(saved)
+    assert np.array_equal(logits(tiny.gguf, TOKENS), logits(saved, TOKENS))

@@ -30,6 +30,9 @@ def _between(least: int, most: int) -> Rule:
     return Rule(("u32",), lambda n: least <= n <= most, f"{least} to {most}")
 
 
+# How llama.cpp saves a choice that was left to the program.
+_UNSET = (1 << 32) - 1
+
 _TEXT = Rule(("str",))
 _FLAG = Rule(("bool",))
 _NUMBER = Rule(("u32",))
@@ -75,7 +78,7 @@ _ARCHITECTURE: dict[str, Rule] = {
     ),
     **dict.fromkeys(("expert_weights_norm", "pre_gate", "rope.scaling.finetuned"), _FLAG),
     "attention.causal": Rule(("bool",), bool, "true: each token sees those before it"),
-    "pooling_type": _between(0, 0),
+    "pooling_type": Rule(("u32",), lambda x: x in (0, _UNSET), f"0, or {_UNSET} for none"),
     "attention.layer_norm_rms_epsilon": Rule(("f32",), lambda x: x < math.inf, "a finite number"),
     "expert_weights_scale": _FINITE,
     "rope.freq_base": _POSITIVE,
