@@ -171,7 +171,8 @@ class Imatrix:
 def merge(parts: Sequence[Imatrix]) -> Imatrix:
     """All `parts` as if collected at once; sums and counts add up.
 
-    Raises ConfigError: no counts, different models, or chunks of different sizes.
+    Raises ConfigError: no counts, different models, chunks of different sizes, or more chunks than
+    a file can tell.
     """
     sums: dict[str, Floats] = {}
     counts: dict[str, Counts] = {}
@@ -199,6 +200,11 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
             counts[name] = counts[name] + part.counts[name]
     datasets = tuple(name for part in parts for name in part.datasets)
     chunks = sum(part.chunk_count for part in parts)
+    if not _is_u32(chunks):
+        raise ConfigError(
+            f"{max(parts, key=lambda part: part.chunk_count).path}: with it they say to be of "
+            f"{chunks} chunks, more than a file can tell: damaged"
+        )
     return Imatrix(sums, counts, datasets, chunks, parts[0].chunk_size)
 
 

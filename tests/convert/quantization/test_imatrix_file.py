@@ -436,6 +436,10 @@ def other_shape(path: Path) -> None:
         (other_shape, rf"2: for {POOL} it has \(2, 2\), and .*1 \(2, 3\)"),
         (lambda path: path.write_bytes(legacy(ENTRIES)), "2: in llama-imatrix's old format"),
         (example(5e37).save, rf"2: the sums of {POOL} exceed float32's range"),
+        (
+            example(chunk_count=(1 << 32) - 1).save,
+            rf"2: with it they say to be of {(1 << 32) + 2} chunks, more than a file can tell",
+        ),
     ],
 )
 def test_what_cannot_be_merged(second: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
