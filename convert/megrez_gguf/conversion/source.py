@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.checkpoint.shards import Checkpoint
-from megrez_gguf.checkpoint.tokenizer import read_vocabulary
+from megrez_gguf.checkpoint.tokenizer import UNUSED, read_vocabulary
 from megrez_gguf.conversion import copies, layout, metadata
 from megrez_gguf.conversion.record import recorded
 from megrez_gguf.conversion.stream import Item, Nowhere, Outcome, stream
@@ -20,9 +20,8 @@ from megrez_gguf.quantization.encode import encoding
 from megrez_gguf.storage.shard import Shard
 from megrez_gguf.text import Say, silent
 
-# Tensors with a row for each token, and the kind of token that stands for none.
+# Tensors with a row for each token.
 _BY_TOKEN = ("token_embd.weight", "output.weight")
-_UNUSED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,10 @@ def from_checkpoint(checkpoint: Checkpoint, say: Say = silent) -> StoredModel:
     plan = layout.plan(checkpoint)
     vocabulary = read_vocabulary(checkpoint.documents, config.vocab_size)
     copies.check(plan.copies, say)
-    values = metadata.key_values(checkpoint, sum(t.size for t in plan.targets))
+    values = {
+        **metadata.key_values(checkpoint, sum(t.size for t in plan.targets)),
+        **vocabulary.key_values(),
+    }
     return StoredModel(
         name=str(values["general.name"]),
         tensors=tuple(
@@ -89,12 +91,12 @@ def from_checkpoint(checkpoint: Checkpoint, say: Say = silent) -> StoredModel:
                 t.shape,
                 t.sources,
                 encoding(t.dtype),
-                known_rows=_known_rows(t.name, vocabulary.key_values()),
+                known_rows=_known_rows(t.name, values),
             )
             for t in plan.targets
         ),
         f32=frozenset(t.name for t in plan.targets if t.f32),
-        values={**values, **vocabulary.key_values()},
+        values=values,
         shards=checkpoint.shards,
         reopen=lambda: from_checkpoint(Checkpoint.open(checkpoint.place)),
         warnings=(
@@ -137,13 +139,13 @@ def from_gguf(path: Path) -> StoredModel:
     )
 
 
-def _known_rows(name: str, vocabulary: Mapping[str, Any]) -> int | None:
+def _known_rows(name: str, values: Mapping[str, Any]) -> int | None:
     """From which row on a tensor may be zero; None if it may nowhere."""
     if name.endswith(".bias"):
         return 0
     if name not in _BY_TOKEN:
         return None
-    kinds = vocabulary.get("tokenizer.ggml.token_type")
+    kinds = values.get("tokenizer.ggml.token_type")
     if not isinstance(kinds, list):
         return 0
-    return max((i + 1 for i, kind in enumerate(kinds) if kind != _UNUSED), default=0)
+    return max((i + 1 for i, kind in enumerate(kinds) if kind != UNUSED), default=0)
