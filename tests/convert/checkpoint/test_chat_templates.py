@@ -11,7 +11,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from megrez_gguf.checkpoint.chat_templates import read_templates, syntax_error
@@ -19,6 +19,7 @@ from megrez_gguf.checkpoint.documents import Documents
 from megrez_gguf.checkpoint.tokenizer import read_vocabulary
 from megrez_gguf.errors import TokenizerError
 from support.checkpoints import set_json
+from support.marks import DRAWN
 
 ORDER = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
@@ -72,13 +73,7 @@ def test_only_named_ones_are_told(tmp_path: Path) -> None:
     assert warning == "none of the chat templates (rag) is the default one"
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@DRAWN
 @given(
     st.lists(st.sampled_from(["{{ 1 }}", "\r\n", "\r", "\n", "é", "{# x #}"]), min_size=1),
     st.booleans(),

@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 import megrez_gguf.checkpoint.tokenizer_judge as judging
 from megrez_gguf.checkpoint.bpe import read_bpe
@@ -26,6 +26,7 @@ from megrez_gguf.checkpoint.tokenizer import (
 )
 from megrez_gguf.errors import TokenizerError
 from support.checkpoints import edit_json, set_json
+from support.marks import DRAWN
 
 SIZE = 320
 ROOM = 12
@@ -50,13 +51,7 @@ ENTRIES = st.lists(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@DRAWN
 @given(
     entries=ENTRIES, dropped=st.sets(st.integers(200, SIZE - 6), max_size=2), listed=st.booleans()
 )
