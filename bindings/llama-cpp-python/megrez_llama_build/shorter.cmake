@@ -1,9 +1,12 @@
 # CMake reads this right after llama.cpp's project(). It leaves out what llama_cpp never loads and
 # compiles small files together: a third of the work. ggml, so every kernel, is left as it is.
 
-# llama-common serves llama.cpp's own programs only.
-if(NOT (LLAMA_BUILD_TOOLS OR LLAMA_BUILD_SERVER OR LLAMA_BUILD_TESTS OR LLAMA_BUILD_EXAMPLES
+option(MEGREZ_SERVER "build llama.cpp's server, which `megrez-gguf serve` starts" ON)
+if(MEGREZ_SERVER)
+    include(${CMAKE_CURRENT_LIST_DIR}/server.cmake)
+elseif(NOT (LLAMA_BUILD_TOOLS OR LLAMA_BUILD_SERVER OR LLAMA_BUILD_TESTS OR LLAMA_BUILD_EXAMPLES
         OR LLAMA_BUILD_APP))
+    # llama-common serves llama.cpp's own programs only.
     set(LLAMA_BUILD_COMMON OFF)
 endif()
 
