@@ -60,7 +60,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """free(bytes) makes the machine have so much available memory."""
 
     def free(nbytes: int | None) -> None:
-        monkeypatch.setattr("megrez_runtime.model.available_memory", lambda: nbytes)
+        monkeypatch.setattr("megrez_runtime.memory.available_memory", lambda: nbytes)
 
     return free
 
