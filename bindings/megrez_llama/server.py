@@ -150,6 +150,8 @@ def arguments(settings: Settings) -> list[str]:
     ]
     if s.page is None:
         switches.append("--no-ui")
+    if not s.prompt_cache:
+        switches.append("--no-cache-idle-slots")
     if s.expert_cache is not None:
         # The empty run would read experts that nobody asked for.
         switches.append("--no-warmup")
