@@ -30,8 +30,8 @@ from megrez_runtime.memory import (
 from megrez_runtime.model import context_size, trained_context
 from megrez_runtime.session import Sampling
 
-# The server without model and clients: the program, the vocabulary, its threads.
-PROGRAM = 100 << 20
+# The server without weights and clients: the program, its threads, and the published vocabulary.
+PROGRAM = 80 << 20
 # Clients at once, where nobody says how many: the most that memory allows.
 _SLOTS = (4, 2, 1)
 # Where memory lacks and nobody says how long, contexts are halved down to this.

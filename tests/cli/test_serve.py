@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import socket
-import subprocess
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.commands import RUN, cli
+from support.commands import cli
+from support.servers import serving
 
 QUESTION = {
     "model": "megrez-moe",
@@ -38,53 +33,6 @@ def became(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(os, "set_inheritable", lambda number, wanted: None)
     monkeypatch.delenv("MEGREZ_API_KEY", raising=False)
     return found
-
-
-class Server:
-    """A server that runs, and its one line."""
-
-    def __init__(self, process: subprocess.Popen[str], line: str) -> None:
-        self.process, self.line = process, line
-        found = re.search(r"http://\S+:\d+", line)
-        self.url = found[0] if found else ""
-
-    def ask(self, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
-        """Status and JSON of the answer."""
-        headers = {"Content-Type": "application/json"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, json.loads(answer.read())
-        except urllib.error.HTTPError as e:
-            return e.code, json.loads(e.read())
-
-
-@contextmanager
-def serving(*arguments: str | Path, **environment: str) -> Iterator[Server]:
-    """A server on a free port, once it answers; ended on leaving."""
-    words = [*RUN, "serve", *map(str, arguments), "--threads", "1", "--port", "0"]
-    with subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    ) as process:
-        assert process.stderr is not None
-        line = next((line for line in process.stderr if " at http" in line), "")
-        # What it logs is not to fill the pipe.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        server = Server(process, line)
-        try:
-            while process.poll() is None:
-                try:
-                    if server.ask("/health")[0] == 200:
-                        break
-                except OSError:
-                    pass
-                time.sleep(0.05)
-            yield server
-        finally:
-            process.kill()
 
 
 def test_the_authors_request_works_as_they_wrote_it(pocket_gguf: Callable[..., Path]) -> None:
@@ -289,24 +237,11 @@ def test_names_of_ones_own_and_more_context_than_there_is(model: Path, became: l
 
 def test_nothing_of_this_process_is_left_over(model: Path) -> None:
     """Signals as they were, and standard streams that were closed stay unused."""
-    script = 'exec 0<&- 1>&-; exec "$@"'
-    words = [*RUN, "serve", str(model), "--port", "0", "--threads", "1"]
-    with subprocess.Popen(
-        ["bash", "-c", script, "bash", *words], stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stderr is not None
-            next(line for line in process.stderr if " at http" in line)
-            folder = Path(f"/proc/{process.pid}")
-            while b"llama-server" not in (folder / "cmdline").read_bytes().split(b"\0")[0]:
-                time.sleep(0.05)
-            assert (folder / "fd/0").readlink() == Path(os.devnull)
-            assert (folder / "fd/1").readlink() == Path(os.devnull)
-            fields = dict(
-                line.split(":\t", 1) for line in (folder / "status").read_text().splitlines()
-            )
-            stopped = (1 << signal.SIGTERM - 1) | (1 << signal.SIGINT - 1)
-            assert not int(fields["SigBlk"], 16) & stopped
-            assert not int(fields["SigIgn"], 16) & (1 << signal.SIGXFSZ - 1)
-        finally:
-            process.kill()
+    within = ("bash", "-c", 'exec 0<&- 1>&-; exec "$@"', "bash")
+    with serving(model, within=within) as server:
+        folder = Path(f"/proc/{server.process.pid}")
+        assert (folder / "fd/0").readlink() == Path(os.devnull)
+        assert (folder / "fd/1").readlink() == Path(os.devnull)
+        fields = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines())
+        assert not int(fields["SigBlk"], 16) & (1 << signal.SIGTERM - 1)
+        assert not int(fields["SigIgn"], 16) & (1 << signal.SIGXFSZ - 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from megrez_runtime.memory import Needs
 from megrez_runtime.serving import PROGRAM, ServingPlan, plan_serving
 from support.configurations import TINY
 from support.gguf_edit import F32, STRING, Gguf
+from support.servers import serving
 from support.shared import Shared
 
 MIB = 1 << 20
@@ -200,3 +203,33 @@ def test_what_the_server_is_told(long: Path) -> None:
 def test_the_environment_changes_nothing() -> None:
     before = {"LLAMA_ARG_TOOLS": "all", "LLAMA_API_KEY": "x", "AIP_MODE": "PREDICTION", "HOME": "/"}
     assert server.environment(before) == {"HOME": "/"}
+
+
+@pytest.mark.slow
+def test_the_server_stays_within_its_memory(large: Path, cgroup: Path) -> None:
+    """With several clients at once; the kernel would kill it otherwise, page cache counted."""
+    ram = 250 * MIB
+    (cgroup / "memory.limit_in_bytes").write_text(str(ram))
+    within = ("bash", "-c", f'echo $$ > {cgroup}/cgroup.procs; exec "$@"', "bash")
+    options = ("--ram", str(ram), "--parallel", "4", "--ctx", "256")
+    with serving(large, *options, within=within) as server:
+        assert "the others read when needed" in server.line
+        statuses: list[int] = []
+
+        def ask(number: int) -> None:
+            body = {"prompt": [100 + number + i for i in range(48)], "max_tokens": 8}
+            statuses.append(server.ask("/v1/completions", body | {"ignore_eos": True})[0])
+
+        clients = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        assert statuses == [200] * 6
+        found: dict[str, Any] = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        )
+        assert int(found["VmHWM"].split()[0]) * 1024 <= ram
+    counts = dict(line.split() for line in (cgroup / "memory.oom_control").read_text().splitlines())
+    assert counts.get("oom_kill", "0") == "0"
