@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from megrez_cli import console, files, measuring, running, signals, streams
+from megrez_cli import console, files, measuring, running, serving, signals, streams
 from megrez_gguf.errors import MegrezError
 
 # The base of what is wrong with a call; typer gives it no public name.
@@ -121,6 +121,7 @@ for command in (
     measuring.parity,
     measuring.search,
     running.chat,
+    serving.serve,
     running.bench,
 ):
     app.command(cls=_Command)(command)

@@ -109,6 +109,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads that compute.  [default: all CPUs]")
 ]
+GpuLayers = Annotated[int, typer.Option(min=-1, max=INT, help="Layers on the GPU; -1 is all.")]
 Ram = Annotated[
     Any,
     typer.Option(

@@ -74,9 +74,7 @@ def chat(
         int | None, typer.Option(min=1, help="End an answer after so many tokens.")
     ] = None,
     threads: options.Threads = None,
-    gpu_layers: Annotated[
-        int, typer.Option(min=-1, max=options.INT, help="Layers on the GPU; -1 is all.")
-    ] = -1,
+    gpu_layers: options.GpuLayers = -1,
     ram: options.Ram = "auto",
     expert_cache: options.ExpertCache = None,
     stats: Annotated[

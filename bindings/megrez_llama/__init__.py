@@ -8,6 +8,7 @@ To bump the pin means to read this folder and `patches/` again, and nothing else
     engine        evaluating a file exactly, and the graph's nodes by name
     nodes         the graph's nodes by name, and what enters which matrix
     expert_store  our own C functions of the expert store
+    server        llama.cpp's server: where its program is, and its options
     quantizer     which type a level gives each tensor; ggml's encoding of rows
 
 It is the lowest package, because conversion needs llama.cpp's quantizer. Importing any module of it

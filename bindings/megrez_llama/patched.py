@@ -23,12 +23,21 @@ def install_command() -> str:
     return "pip install ./bindings/llama-cpp-python   (in a clone of this repository)"
 
 
+def package() -> Path:
+    """The folder of the installed llama_cpp, which is patched. Raises as `marker`."""
+    return _checked()[0]
+
+
 def marker() -> dict[str, Any]:
     """What the installed llama_cpp says of its build: version, pin, patches, flags.
 
     Raises RuntimeUnavailableError when llama_cpp is absent, stock, or not for Megrez2. Does not
     import llama_cpp.
     """
+    return _checked()[1]
+
+
+def _checked() -> tuple[Path, dict[str, Any]]:
     remedy = f"Install the patched llama-cpp-python: {install_command()}"
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
@@ -45,7 +54,7 @@ def marker() -> dict[str, Any]:
         raise RuntimeUnavailableError(
             f"{path.parent} was built for {arch!r}, not {ARCH!r}. {remedy}"
         )
-    return build
+    return path.parent, build
 
 
 def require_patched() -> ModuleType:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.reader import GGUFFile
-from megrez_gguf.machine import resident_memory
-from megrez_gguf.text import format_size
+from megrez_gguf.machine import available_memory, resident_memory
+from megrez_gguf.text import format_size, parse_size
 from megrez_llama import ARCH
 from megrez_runtime.errors import MemoryBudgetError
 
@@ -22,6 +22,29 @@ UBATCHES = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 # Direct reads begin and end on whole pages, for which every part of a slot has room.
 _PAGE = 4096
 _PARTS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Memory that a process may take in all."""
+
+    nbytes: int
+    reason: str
+    """Why so much, for people."""
+
+    @classmethod
+    def of(cls, ram: int | str) -> Budget | None:
+        """As `load` understands `ram`; None is no bound. Raises ValueError: no size."""
+        if ram == "off":
+            return None
+        if ram == "auto":
+            free = available_memory()
+            if free is None:
+                return None
+            nbytes = (resident_memory() or 0) + int(SHARE * free)
+            return cls(nbytes, f"{format_size(free)} of memory are free")
+        nbytes = parse_size(ram) if isinstance(ram, str) else ram
+        return cls(nbytes, f"within {format_size(nbytes)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +74,8 @@ class Needs:
     """Elements of keys and values a token has in a layer."""
     all_logits: bool
     """Of every token of a batch, not just of the last."""
+    n_slots: int = 1
+    """Sequences that the process holds, each with a context of its own."""
 
     @classmethod
     def of(cls, file: GGUFFile, path: Path, *, all_logits: bool = False) -> Needs:
@@ -107,9 +132,8 @@ class Needs:
         return min(self.n_expert, self.n_used * n_ubatch) * self.slot_bytes
 
     def working(self, n_ctx: int, n_ubatch: int) -> int:
-        """Bytes of KV cache (16 bits an element) and compute buffers, about."""
-        n_ubatch = min(n_ubatch, n_ctx)
-        cache = self.n_layer * n_ctx * self.kv_width * 2
+        """Bytes of KV cache and compute buffers, about."""
+        n_ubatch = min(n_ubatch, self.n_slots * n_ctx)
         # What llama.cpp keeps at once of a token: while experts compute, while it attends (scores
         # and mask), or with its logits. Fitted to what it reserves at the published size.
         token = max(
@@ -117,7 +141,13 @@ class Needs:
             6 * self.n_embd + (self.n_head + 1) * n_ctx,
             2 * self.n_embd + self.n_vocab if self.all_logits else 0,
         )
-        return cache + n_ubatch * 4 * token + self.scratch(n_ubatch)
+        outputs = (self.n_slots - 1) * 4 * self.n_vocab
+        cache = self.n_slots * self.kv_bytes(n_ctx)
+        return cache + n_ubatch * 4 * token + outputs + self.scratch(n_ubatch)
+
+    def kv_bytes(self, n_ctx: int) -> int:
+        """Bytes of the KV cache of one sequence, 16 bits an element."""
+        return self.n_layer * n_ctx * self.kv_width * 2
 
     def scratch(self, n_ubatch: int) -> int:
         """Bytes the matrix products need besides, which no buffer of llama.cpp's accounts for."""
@@ -175,8 +205,9 @@ def batch_for(needs: Needs, ram: int, n_ctx: int) -> int:
         if spare >= 0 and (n_ubatch == 1 or batch <= (spare + needs.at_once(n_ubatch)) // 6):
             return n_ubatch
     least = needs.least(n_ctx)
+    contexts = "a context" if needs.n_slots == 1 else f"{needs.n_slots} contexts"
     raise MemoryBudgetError(
-        f"{needs.path}: {format_size(ram)} are too little: with a context of {n_ctx} tokens the "
+        f"{needs.path}: {format_size(ram)} are too little: with {contexts} of {n_ctx} tokens the "
         f"model needs at least {-(-least >> 20)} MiB ({format_size(needs.other_bytes)} of weights "
         f"that every token uses, {format_size(needs.working(n_ctx, 1))} for context and computing, "
         f"{format_size(needs.at_once(1))} for the experts of one layer, and the program)"

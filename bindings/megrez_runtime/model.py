@@ -13,14 +13,22 @@ from typing import TYPE_CHECKING, Any
 from megrez_gguf.errors import GGUFError
 from megrez_gguf.format.model_check import open_checked
 from megrez_gguf.format.reader import GGUFFile
-from megrez_gguf.machine import available_cpus, available_memory, resident_memory
+from megrez_gguf.machine import available_cpus, resident_memory
 from megrez_gguf.text import format_size, parse_size
 from megrez_llama import ARCH, expert_store
 from megrez_llama.logs import log
 from megrez_llama.patched import require_patched
 from megrez_llama.threads import thread_count
 from megrez_runtime.errors import ContextError, MemoryBudgetError
-from megrez_runtime.memory import SHARE, SLACK, UBATCHES, Needs, batch_for, cache_batch, check_cache
+from megrez_runtime.memory import (
+    SLACK,
+    UBATCHES,
+    Budget,
+    Needs,
+    batch_for,
+    cache_batch,
+    check_cache,
+)
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -69,12 +77,7 @@ def load(
     threads = thread_count(n_threads, available_cpus())
     file = open_checked(path)
     values = file.values
-    trained = values.get(f"{ARCH}.context_length")
-    if n_ctx is None:
-        n_ctx = min(trained if type(trained) is int else DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if not 0 < n_ctx < 1 << 31:
-        raise ContextError(f"a context of {n_ctx} tokens: expected 1 or more, and below 2^31")
-    n_ctx = -(-n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP
+    n_ctx = context_size(values, n_ctx)
 
     llama_cpp = require_patched()
     unknown = options.keys() - inspect.signature(llama_cpp.Llama).parameters.keys()
@@ -125,6 +128,24 @@ def load(
         if say:
             say(plan.told(llm))
     return llm
+
+
+def trained_context(values: Mapping[str, Any]) -> int | None:
+    """Tokens of context the model was trained on, if its file's key-values tell."""
+    trained = values.get(f"{ARCH}.context_length")
+    return trained if type(trained) is int else None
+
+
+def context_size(values: Mapping[str, Any], n_ctx: int | None) -> int:
+    """The context llama.cpp makes where `n_ctx` is asked for, or what is usual where it is None.
+
+    Raises ContextError: no number of tokens.
+    """
+    if n_ctx is None:
+        n_ctx = min(trained_context(values) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if not 0 < n_ctx < 1 << 31:
+        raise ContextError(f"a context of {n_ctx} tokens: expected 1 or more, and below 2^31")
+    return -(-n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
 def _without_templates(llama_cpp: ModuleType) -> Llama:
@@ -231,21 +252,15 @@ def _plan_store(
         needs = Needs.of(file, path, all_logits=all_logits)
         chosen = n_ubatch or cache_batch(needs, cache)
         return _StorePlan(needs, file, cache, None, chosen, "expert cache")
-    if ram == "off":
+    budget = Budget.of(ram)
+    if budget is None:
         return None
-    if ram == "auto":
-        free = available_memory()
-        if free is None:
-            return None
-        reason = f"{format_size(free)} of memory are free"
-        ram = (resident_memory() or 0) + int(SHARE * free)
-    else:
-        ram = parse_size(ram) if isinstance(ram, str) else ram
-        reason = f"within {format_size(ram)}"
     needs = Needs.of(file, path, all_logits=all_logits)
-    if needs.everything(n_ctx, n_ubatch or UBATCHES[0]) <= ram:
+    total = budget.nbytes
+    if needs.everything(n_ctx, n_ubatch or UBATCHES[0]) <= total:
         return None
-    return _StorePlan(needs, file, ram, ram, n_ubatch or batch_for(needs, ram, n_ctx), reason)
+    chosen = n_ubatch or batch_for(needs, total, n_ctx)
+    return _StorePlan(needs, file, total, total, chosen, budget.reason)
 
 
 def _forget_pages(path: Path) -> None:

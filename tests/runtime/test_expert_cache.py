@@ -8,8 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,6 @@ def pocket(shared: Shared) -> Path:
     return shared.pocket("q4_0")
 
 
-@pytest.fixture(scope="module")
-def large(shared: Shared) -> Path:
-    """Random, 330 MB in q8_0, of which 300 are experts."""
-    config = json.loads((POCKET / "config.json").read_text()) | {
-        "hidden_size": 512,
-        "moe_intermediate_size": 512,
-        "n_routed_experts": 64,
-        "num_experts_per_tok": 4,
-        "num_hidden_layers": 13,
-    }
-    return shared.converted(shared.checkpoint(config), "q8_0")
-
-
 def needs_of(path: Path) -> Needs:
     return Needs.of(GGUFFile.open(path), path)
 
@@ -60,7 +46,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """free(bytes) makes the machine have so much available memory."""
 
     def free(nbytes: int | None) -> None:
-        monkeypatch.setattr("megrez_runtime.model.available_memory", lambda: nbytes)
+        monkeypatch.setattr("megrez_runtime.memory.available_memory", lambda: nbytes)
 
     return free
 
@@ -343,25 +329,6 @@ def test_bench_prints_speeds_or_json(pocket: Path) -> None:
     wrong = command("bench", pocket, "--ram", "little")
     assert wrong.returncode == 2
     assert "expected a size" in wrong.stderr
-
-
-CGROUP = Path("/sys/fs/cgroup/memory")
-
-
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    folder = CGROUP / f"megrez-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as e:
-        pytest.skip(f"memory cannot be limited here: no writable cgroup v1 memory controller ({e})")
-    yield folder
-    for _ in range(50):
-        try:
-            folder.rmdir()
-            return
-        except OSError:
-            time.sleep(0.1)
 
 
 @pytest.mark.slow
