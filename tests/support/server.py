@@ -113,7 +113,7 @@ def running(
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     """Where the server listens, once the model is loaded."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while True:
         if process.poll() is not None:
             _fail(f"the server has ended with {process.returncode}", log)
         if match := re.search(rb"listening on (http://\S+)", log.read_bytes()):
@@ -121,8 +121,9 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
             with contextlib.suppress(OSError):
                 if server.get("/health").status == 200:
                     return server.url
+        if time.monotonic() > deadline:
+            _fail("the server is not ready after a minute", log)
         time.sleep(0.02)
-    _fail("the server is not ready after a minute", log)
 
 
 def _fail(reason: str, log: Path) -> NoReturn:
