@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import shlex
 import shutil
@@ -16,9 +17,11 @@ import jsonschema
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from support.paths import POCKET
 from support.server import KEY, Server, running
+from support.shared import Shared
 
 MODEL = "megrez-moe"
 QUESTION = "世界上最高的山峰是哪座？"
@@ -39,11 +42,11 @@ def client(server: Server) -> Iterator[OpenAI]:
 def ask(client: OpenAI) -> Callable[..., Any]:
     """ask(text, **fields) -> the likeliest answer, as an object of the package."""
 
+    create: Callable[..., Any] = client.chat.completions.create
+
     def ask(text: str = QUESTION, **fields: Any) -> Any:
         messages = [{"role": "user", "content": text}]
-        return client.chat.completions.create(
-            **{"model": MODEL, "messages": messages, "temperature": 0} | fields
-        )
+        return create(**{"model": MODEL, "messages": messages, "temperature": 0} | fields)
 
     return ask
 
@@ -58,9 +61,7 @@ def text(answer: Any) -> str:
 
 def test_the_authors_request(server: Server) -> None:
     words = shlex.split(REQUEST)
-    headers = dict(
-        word.split(": ") for before, word in zip(words, words[1:], strict=False) if before == "-H"
-    )
+    headers = dict(word.split(": ") for before, word in itertools.pairwise(words) if before == "-H")
     reply = server.post("/v1/chat/completions", words[-1].encode(), headers)
     assert reply.status == 200
     assert SUMMIT in reply.json()["choices"][0]["message"]["content"]
@@ -252,8 +253,8 @@ def test_several_prompts(client: OpenAI) -> None:
 
 
 class Person(BaseModel):
-    name: str
-    age: int
+    name: str = Field(max_length=10)
+    age: int = Field(ge=0, le=150)
 
 
 SCHEMA: dict[str, Any] = {
@@ -485,29 +486,28 @@ PARAMETERS = {tool["function"]["name"]: tool["function"]["parameters"] for tool 
 
 
 @pytest.fixture(scope="module")
-def caller(
-    pocket_gguf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[OpenAI]:
+def caller(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     """A client of a model whose chat template knows functions."""
-    template = str(Path(__file__).with_name("functions.jinja"))
-    folder = tmp_path_factory.mktemp("caller")
+
+    def checkpoint(path: Path) -> None:
+        shutil.copytree(POCKET, path)
+        file = path / "tokenizer_config.json"
+        template = Path(__file__).with_name("functions.jinja").read_text()
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+
+    path = shared.converted(shared.made("pocket with functions", "checkpoint", checkpoint), "f32")
     with (
-        running(pocket_gguf("f32"), folder, "--chat-template-file", template) as server,
+        running(path, tmp_path_factory.mktemp("caller")) as server,
         OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client,
     ):
         yield client
 
 
 def call(client: OpenAI, choice: Any, **fields: Any) -> Any:
-    return client.chat.completions.create(
-        model=MODEL,
-        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
-        tools=TOOLS,  # type: ignore[arg-type]
-        tool_choice=choice,
-        max_tokens=200,
-        seed=3,
-        **fields,
-    )
+    create: Callable[..., Any] = client.chat.completions.create
+    messages = [{"role": "user", "content": "What is the weather in Paris?"}]
+    settings = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 200, "seed": 3}
+    return create(**{"model": MODEL, "messages": messages} | settings | fields)
 
 
 NAMED = {"type": "function", "function": {"name": "add"}}
@@ -548,17 +548,12 @@ def test_a_function_may_be_left_alone(caller: OpenAI, choice: str) -> None:
 
 
 def test_a_result_is_answered(caller: OpenAI) -> None:
-    answer = caller.chat.completions.create(
-        model=MODEL,
-        messages=[
-            {"role": "user", "content": "1 + 1?"},
-            {"role": "assistant", "content": None, "tool_calls": [CALL]},  # type: ignore[list-item, typeddict-item]
-            {"role": "tool", "tool_call_id": "1", "content": "2"},
-        ],
-        tools=TOOLS,  # type: ignore[arg-type]
-        max_tokens=4,
-    )
-    assert answer.choices[0].message.content
+    messages = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "1", "content": "2"},
+    ]
+    assert call(caller, "auto", messages=messages, max_tokens=4).usage.completion_tokens > 0
 
 
 def test_a_template_without_functions(ask: Callable[..., Any]) -> None:

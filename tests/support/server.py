@@ -8,24 +8,20 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPMessage
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-import llama_cpp
 import pytest
 
+from support.commands import RUN
+
 KEY = "sk-123456"
-PROGRAM = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
-# What `megrez-gguf serve` says to llama-server of a model this small.
-SETTINGS = (
-    *("--host", "127.0.0.1", "--port", "0", "--alias", "megrez-moe", "--metrics"),
-    *("--parallel", "4", "--ctx-size", "2048", "--top-k", "0", "--min-p", "0"),
-    *("--threads", "1", "--threads-http", "8", "--cors-origins", "none"),
-)
+# As users start it; small, so that several can run beside each other.
+COMMAND = (*RUN, "serve", "--port", "0", "--threads", "1", "--parallel", "4", "--ram", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +78,20 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(
-    model: Path, folder: Path, *arguments: str, program: Sequence[str] = (str(PROGRAM),)
-) -> Iterator[Server]:
-    """A server of `model` that is ready to answer; its log is in `folder`.
+def running(model: Path, folder: Path, *arguments: str) -> Iterator[Server]:
+    """A server of `model` that is ready to answer; what it says goes to a file in `folder`.
 
-    `arguments` come after `SETTINGS`, so they win. A server that does not start, or does not
-    outlive the block, fails the test with the end of its log.
+    `arguments` come after those of `COMMAND`, so they win. A server that does not start, or does
+    not outlive the block, fails the test with the end of its log.
     """
     log = folder / "server.log"
-    command = [*program, "--model", str(model), *SETTINGS, *arguments]
-    environment = os.environ | {"LLAMA_API_KEY": KEY}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            [*COMMAND, str(model), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=os.environ | {"MEGREZ_API_KEY": KEY},
         )
     try:
         yield Server(_address(process, log), process, log)
@@ -116,7 +108,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     while True:
         if process.poll() is not None:
             _fail(f"the server has ended with {process.returncode}", log)
-        if match := re.search(rb"listening on (http://\S+)", log.read_bytes()):
+        if match := re.search(rb" at (http://\S+:\d+)", log.read_bytes()):
             server = Server(match[1].decode(), process, log)
             with contextlib.suppress(OSError):
                 if server.get("/health").status == 200:
