@@ -73,11 +73,6 @@ def test_a_connection_is_kept(server: Server) -> None:
     assert response.status == 200
 
 
-def test_requests_in_a_row(server: Server) -> None:
-    both = request("1.1", DATA) + request("1.1", DATA, "Connection: close")
-    assert spoken(server, both).count(b"HTTP/1.1 200") == 2
-
-
 def test_a_chunked_request(server: Server) -> None:
     with closing(http.client.HTTPConnection(*server.address, timeout=30)) as connection:
         pieces = iter([DATA[:9], DATA[9:40], DATA[40:]])
