@@ -25,7 +25,8 @@ QUESTIONS = [
     "一年有几个月？",
     "写一首诗 😀",
     "def add(a, b):",
-    "In the beginning God created",
+    # At a loss for an answer, so that small differences show: in Q8_0 it is another.
+    "Tell me more of number 3. " * 6,
 ]
 GREEDY = {"temperature": 0, "max_tokens": 60}
 
