@@ -1,7 +1,7 @@
 // The page's controller: what the reader does becomes requests, what arrives becomes messages.
 
 import * as conversations from "./conversations.js";
-import { button, grow, isSubmit } from "./dom.js";
+import { button, element, grow, isSubmit } from "./dom.js";
 import { Panel } from "./panel.js";
 import { askKey, setUpSettings, setUpTheme } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -48,8 +48,9 @@ function choose(conversation) {
 }
 
 function notice(text, ...buttons) {
+  const close = button("close", () => notice(""));
   $("notice").hidden = !text;
-  $("notice").replaceChildren(text, ...buttons);
+  $("notice").replaceChildren(element("span", {}, text), ...buttons, close);
 }
 
 function announce(text) {
@@ -77,8 +78,8 @@ function rename(id, title) {
   show();
 }
 
-function remove(id) {
-  stop(id);
+async function remove(id) {
+  await stop(id);
   const removed = id === current.id ? current : conversations.load(id);
   conversations.remove(id);
   notice(say("deleted"), button("undo", () => {
@@ -104,8 +105,8 @@ function send() {
 }
 
 /** The user said something else: what followed is gone. */
-function resend(message, text) {
-  stop(current.id);
+async function resend(message, text) {
+  await stop(current.id);
   message.content = text;
   current.messages.splice(current.messages.indexOf(message) + 1);
   reply(current);
@@ -126,40 +127,64 @@ function reply(conversation) {
   run(conversation, message);
 }
 
-function stop(id) {
-  runs.get(id)?.controller.abort();
-  runs.delete(id);
+/** Stop the answer to this conversation, if there is one; what had arrived is kept. */
+async function stop(id) {
+  const run = runs.get(id);
+  run?.controller.abort();
+  await run?.done;
 }
 
 /** Let the model write `message`, or go on with it. */
-async function run(conversation, message) {
+function run(conversation, message) {
   const { id } = conversation;
   const controller = new AbortController();
   Object.assign(message, { ending: undefined, error: undefined });
-  runs.set(id, { conversation, message, controller });
-  save(conversation);
+  const started = { conversation, message, controller };
+  runs.set(id, started);
   history.replaceState(null, "", `#${id}`);
+  started.done = finish(started);
   show();
   thread.follow();
   announce(say("answering"));
+}
+
+async function finish({ conversation, message, controller }) {
+  const { id } = conversation;
   const free = await conversations.alone(id, () => write(conversation, message, controller.signal));
-  if (!free) message.error = { kind: "anotherTab" };
-  // Stopped, it may have been replaced by another run.
-  if (runs.get(id)?.message === message) runs.delete(id);
-  const isWanted = conversation.messages.includes(message) && (id === current.id || conversations.load(id));
-  if (isWanted && free) save(conversation);
-  if (id === current.id) {
-    show();
-    announce(message.error ? say(message.error.kind, message.error.values) : message.content);
-  }
+  runs.delete(id);
+  if (!free) giveBack(conversation);
+  if (id !== current.id) return;
+  show();
+  announce(message.error ? say(message.error.kind, message.error.values) : message.content);
+}
+
+/** Another tab is at it: go back to what that one has saved. */
+function giveBack(conversation) {
+  notice(say("anotherTab"));
+  const saved = conversations.load(conversation.id);
+  const lost = conversation.messages.findLast(({ role }) => role === "user").content;
+  if (!saved.messages.some(({ content }) => content === lost)) $("input").value ||= lost;
+  adopt(conversation, saved);
+}
+
+/** Take over what another tab saved; messages stay the same objects, so the screen stays still. */
+function adopt(conversation, { title, messages }) {
+  conversation.title = title;
+  conversation.messages = messages.map((message, index) => {
+    const here = conversation.messages[index];
+    if (here?.role !== message.role) return message;
+    return Object.assign(here, { ending: undefined, error: undefined }, message);
+  });
 }
 
 async function write(conversation, message, signal) {
   const painter = new Painter(conversation, message);
+  save(conversation);
+  sidebar.show(conversations.all(), current.id);
   try {
     for (;;) {
       try {
-        for await (const event of answer(request(conversation, message), signal)) {
+        for await (const event of answer(request(conversation), signal)) {
           painter.take(event);
         }
         return;
@@ -169,7 +194,7 @@ async function write(conversation, message, signal) {
     }
   } catch (error) {
     if (error.name === "AbortError") {
-      message.ending = "stopped";
+      Object.assign(message, { ending: "stopped", error: undefined });
     } else if (error instanceof ApiError) {
       message.error = { kind: error.kind, values: error.values };
       message.ending = message.content ? "broken" : undefined;
@@ -178,6 +203,7 @@ async function write(conversation, message, signal) {
     }
   } finally {
     painter.finish();
+    save(conversation);
   }
 }
 
@@ -202,10 +228,10 @@ function pause(signal) {
   });
 }
 
-function request(conversation, message) {
+function request(conversation) {
   const { system, ...sampling } = conversations.settings();
-  // An answer that goes on is the last message; an empty one is not sent.
-  const said = conversation.messages.filter((each) => each.content || each !== message);
+  // An answer that has begun goes on; one that has not, or that failed, is not sent.
+  const said = conversation.messages.filter(({ content }) => content !== "");
   const messages = said.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: "system", content: system });
   return {
@@ -292,7 +318,9 @@ window.addEventListener("pagehide", () => {
 });
 conversations.watch((id) => {
   if (id === current.id && !runs.has(id)) {
-    current = conversations.load(id) ?? conversations.create();
+    const saved = conversations.load(id);
+    if (saved) adopt(current, saved);
+    else current = conversations.create();
   }
   show();
 });

@@ -7,12 +7,15 @@ import { button, element } from "./dom.js";
 import { ApiError, get } from "./stream.js";
 import { number, say } from "./strings.js";
 
+/** Figures of the expert store. */
+const STORE = ["hits", "waiting", "read"];
 const PERIOD = 1000;
 /** How much of a cell's brightness is left after a period. */
 const KEPT = 0.7;
 const ROW = 8;
 const GAP = 5;
 const MARGIN = 22;
+const STEPS = 24;
 
 export class Panel {
   #root;
@@ -20,7 +23,6 @@ export class Panel {
   #canvas = element("canvas", { tabIndex: 0, className: "heat" });
   #here = element("p", { className: "here" });
   #figures = new Map();
-  #store = element("dl", { className: "figures" });
   #inMemory = element("p", { className: "hint", textContent: say("inMemory") });
   #before = null;
   #now = null;
@@ -34,14 +36,11 @@ export class Panel {
   constructor(root, toggle) {
     this.#root = root;
     this.#toggle = toggle;
-    const usual = element("dl", { className: "figures" });
-    this.#addFigures(usual, ["rate", "prompt", "context", "memory"]);
-    this.#addFigures(this.#store, ["hits", "waiting", "read"]);
     this.#canvas.setAttribute("role", "img");
     this.#here.setAttribute("aria-live", "polite");
     root.append(
-      element("h2", {}, say("atWork")), usual, this.#store, this.#inMemory, this.#choice(),
-      this.#canvas, this.#here, element("p", { className: "hint", textContent: say("more") }),
+      element("h2", {}, say("atWork")), this.#list(), this.#inMemory, this.#choice(), this.#canvas,
+      this.#here, element("p", { className: "hint", textContent: say("more") }),
     );
     toggle.onclick = () => this.show(root.hidden);
     this.#canvas.onpointermove = (event) => this.#point(event);
@@ -86,13 +85,15 @@ export class Panel {
     this.#set("context", context ? `${number(used)} / ${number(context)}` : number(used));
   }
 
-  #addFigures(list, names) {
-    for (const name of names) {
+  #list() {
+    const list = element("dl", { className: "figures" });
+    for (const name of ["rate", "prompt", "context", "memory", ...STORE]) {
       const value = element("dd", {}, "–");
       value.dataset.figure = name;
       this.#figures.set(name, value);
       list.append(element("div", { className: name }, element("dt", {}, say(name)), value));
     }
+    return list;
   }
 
   #set(name, text) {
@@ -135,7 +136,7 @@ export class Panel {
     this.#warmth = this.#recent.map((row, layer) =>
       row.map((count, expert) => count + KEPT * (this.#warmth[layer]?.[expert] ?? 0)));
     this.#set("memory", bytes(state.resident_bytes));
-    this.#store.hidden = state.store === null;
+    for (const name of STORE) this.#figures.get(name).parentElement.hidden = state.store === null;
     this.#inMemory.hidden = state.store !== null;
     if (state.store) this.#takeStore(state.store, this.#before?.store);
     this.#tell();
@@ -170,15 +171,15 @@ export class Panel {
     context.textBaseline = "top";
     const cell = (width - MARGIN) / experts;
     const rows = this.#sinceStart ? this.#now.used : this.#warmth;
-    const hottest = rows.reduce((most, row) => Math.max(most, ...row), 1);
+    const full = hot(rows);
     layers.forEach((layer, index) => {
       if (this.#startsPool(index)) {
         context.fillStyle = this.#colours.label;
         context.fillText(String(layer), 0, tops[index] - 1);
       }
       rows[index].forEach((count, expert) => {
-        const step = Math.round(Math.sqrt(count / hottest) * (this.#colours.steps.length - 1));
-        context.fillStyle = this.#colours.steps[step];
+        const heat = Math.min(Math.sqrt(count / full), 1);
+        context.fillStyle = this.#colours.steps[Math.round(heat * (STEPS - 1))];
         context.fillRect(MARGIN + expert * cell, tops[index], cell - 0.75, ROW - 1);
       });
     });
@@ -196,7 +197,7 @@ export class Panel {
 
   /** Where each layer's row begins; a gap separates pools. */
   #tops() {
-    let top = -GAP;
+    let top = 1 - GAP;
     return this.#now.layers.map((_, index) => {
       top += this.#startsPool(index) ? GAP : 0;
       const here = top;
@@ -250,12 +251,18 @@ export class Panel {
   }
 }
 
+/** The count from which on a cell has the full colour: a few outliers must not darken the rest. */
+function hot(rows) {
+  const counts = rows.flat().filter((count) => count > 0.5).sort((one, other) => one - other);
+  return Math.max(counts[Math.floor(counts.length * 0.98)] ?? 1, 1);
+}
+
 function colours() {
   const style = getComputedStyle(document.getElementById("panel"));
   const probe = element("span");
   document.getElementById("panel").append(probe);
-  const steps = Array.from({ length: 24 }, (_, step) => {
-    probe.style.color = `color-mix(in oklab, var(--hot) ${(step / 23) * 100}%, var(--cold))`;
+  const steps = Array.from({ length: STEPS }, (_, step) => {
+    probe.style.color = `color-mix(in oklab, var(--hot) ${(step / (STEPS - 1)) * 100}%, var(--cold))`;
     return getComputedStyle(probe).color;
   });
   probe.remove();

@@ -44,6 +44,7 @@ export function setUpSettings(defaults) {
 export function askKey() {
   const dialog = document.getElementById("ask-key");
   const input = dialog.querySelector("input");
+  document.getElementById("key-more").textContent = say(hasKey() ? "keyWrong" : "keyMore");
   input.value = "";
   dialog.returnValue = "";
   if (!dialog.open) dialog.showModal();

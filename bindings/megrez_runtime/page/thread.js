@@ -16,7 +16,7 @@ export class Thread {
   #following = true;
   #actions;
 
-  /** `actions` has resend(message, text), regenerate(message), goOn(message), retry(message). */
+  /** `actions` has resend(message, text), regenerate(message), goOn(message), restore(). */
   constructor(actions) {
     this.#actions = actions;
     this.#scroller.addEventListener("scroll", () => this.#look());
@@ -93,7 +93,7 @@ export class Thread {
     }
     const buttons = message.content ? [copying] : [];
     const again = message.error ? "retry" : "regenerate";
-    if (isLast && message.content && ["length", "stopped", "broken"].includes(message.ending)) {
+    if (isLast && message.content && message.ending !== "stop") {
       buttons.push(button("continue", () => this.#actions.goOn(message)));
     }
     if (isLast) buttons.push(button(again, () => this.#actions.regenerate(message)));
