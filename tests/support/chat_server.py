@@ -97,6 +97,11 @@ class _Handler(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def end_headers(self) -> None:
+        # So that nothing answers any more once the server is closed.
+        self.send_header("Connection", "close")
+        super().end_headers()
+
     def do_GET(self) -> None:
         self.chat.paths.append(self.path)
         path = self.path.partition("?")[0]
@@ -141,7 +146,6 @@ class _Handler(SimpleHTTPRequestHandler):
             self._json({"error": {"message": "File Not Found", "type": "not_found_error"}}, 404)
 
     def _answer(self, body: dict[str, Any]) -> None:
-        self.close_connection = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         # A chunked answer that ends without its last chunk is one that broke.

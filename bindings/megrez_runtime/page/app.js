@@ -12,7 +12,7 @@ import { Thread } from "./thread.js";
 const $ = (id) => document.getElementById(id);
 /** How often a growing answer is saved, and how soon a server that loads is asked again. */
 const PERIOD = 1000;
-const TITLE = 48;
+const TITLE = 80;
 
 translate(document);
 
@@ -329,10 +329,10 @@ conversations.watch((id) => {
 
 /** Learn what the server tells of itself; ask again while it loads or wants a key. */
 async function connect() {
-  for (;;) {
+  for (let told = false; ; told = true) {
     try {
       const { data } = await get("v1/models");
-      notice("");
+      if (told) notice("");
       server.model = data[0].id;
       server.context = data[0].meta?.n_ctx ?? 0;
       $("model").textContent = server.model;
@@ -342,7 +342,10 @@ async function connect() {
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       if (error.kind === "keyNeeded" && await askKey()) continue;
-      notice(say(error.kind, error.values), button("retry", connect));
+      notice(say(error.kind, error.values), button("retry", () => {
+        notice("");
+        connect();
+      }));
       if (error.kind !== "loading") return;
       await pause();
     }

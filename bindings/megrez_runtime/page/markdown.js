@@ -45,10 +45,17 @@ export function render(parent, text, open = false) {
 }
 
 function parse(text, open) {
-  const lines = text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n");
-  const blocks = split(lines, open);
+  const blocks = split(linesOf(text), open);
   for (const block of blocks) block.key = `${block.open}${block.type}\n${block.source}`;
   return blocks;
+}
+
+/** The lines of a text, tabs in front of them as spaces, but not in code. */
+function linesOf(text) {
+  const state = { mark: null };
+  return text.replaceAll("\r\n", "\n").split("\n").map((line) => (
+    passFence(line, state) ? line : line.replace(/^[ \t]+/, (tabs) => tabs.replaceAll("\t", "    "))
+  ));
 }
 
 // --- blocks ---
@@ -75,13 +82,18 @@ function split(lines, open) {
 }
 
 function insideFence(lines) {
-  let mark = null;
-  for (const line of lines) {
-    const found = FENCE.exec(line);
-    if (mark === null) mark = found?.[1] ?? null;
-    else if (found && closes(found, mark)) mark = null;
-  }
-  return mark !== null;
+  const state = { mark: null };
+  for (const line of lines) passFence(line, state);
+  return state.mark !== null;
+}
+
+/** Take a line into account; whether it is code in a fence. `state.mark` is the fence's, or null. */
+function passFence(line, state) {
+  const found = FENCE.exec(line);
+  const inside = state.mark !== null;
+  if (!inside) state.mark = found?.[1] ?? null;
+  else if (found && closes(found, state.mark)) state.mark = null;
+  return inside;
 }
 
 function closes(found, mark) {
@@ -446,15 +458,21 @@ function isWord(character) {
 function link(scan, at) {
   const { text, open, depth } = scan;
   const close = matching(text, at, "[", "]");
-  if (close < 0 || text[close + 1] !== "(") return null;
-  const end = matching(text, close + 1, "(", ")");
-  if (end < 0 && !(open && text.length - close < LOOK_AHEAD)) return null;
+  const end = text[close + 1] === "(" ? matching(text, close + 1, "(", ")") : -1;
+  if (end < 0) return open && !isWord(text[at - 1]) ? buddingLink(text, at, close) : null;
   const label = text.slice(at + 1, close);
-  if (end < 0) return { nodes: [label], end: text.length };
   const target = text.slice(close + 2, end).trim().split(/\s/)[0].replace(/^<|>$/g, "");
   const node = anchor(target);
   if (!node) return { nodes: [label], end: end + 1 };
   return { nodes: [inline(node, label, false, depth + 1)], end: end + 1 };
+}
+
+/** The label of a link whose rest is still to come. */
+function buddingLink(text, at, close) {
+  const label = text.slice(at + 1, close < 0 ? text.length : close);
+  const canGoOn = close < 0 || close === text.length - 1 || text[close + 1] === "(";
+  const fits = text.length - at < LOOK_AHEAD && !text.includes("\n", at);
+  return canGoOn && fits ? { nodes: [label], end: text.length } : null;
 }
 
 // Showing it would ask another host for it, and so tell that host.

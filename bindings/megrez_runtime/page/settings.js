@@ -4,6 +4,11 @@ import * as conversations from "./conversations.js";
 import { hasKey, setKey } from "./stream.js";
 import { say } from "./strings.js";
 
+// Were these of type "submit", Enter would choose them: they come first.
+for (const cancel of document.querySelectorAll("dialog .cancel")) {
+  cancel.onclick = () => cancel.closest("dialog").close();
+}
+
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 
 /** Let the settings button open its dialog; `defaults()` are the server's, as far as known. */

@@ -60,8 +60,11 @@ export class Sidebar {
       this.#actions.rename(id, (keep && input.value.trim()) || title);
     };
     input.onkeydown = (event) => {
-      if (isSubmit(event)) finish(true);
-      else if (event.key === "Escape") {
+      if (isSubmit(event)) {
+        // Or it would press the button that has the focus next.
+        event.preventDefault();
+        finish(true);
+      } else if (event.key === "Escape") {
         event.stopPropagation();
         finish(false);
       }

@@ -100,7 +100,9 @@ async function refusal(response) {
 
 /** The `data` of each server-sent event. Throws ApiError when the connection breaks. */
 async function* serverSentEvents(body, signal) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  // A pipe through TextDecoderStream would drop what it holds when the connection breaks.
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
   let rest = "";
   for (;;) {
     let part;
@@ -111,7 +113,7 @@ async function* serverSentEvents(body, signal) {
       throw new ApiError("broken");
     }
     if (part.done) return;
-    rest += part.value;
+    rest += decoder.decode(part.value, { stream: true });
     const lines = rest.split(/\r?\n/);
     rest = lines.pop();
     for (const line of lines) {
