@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "tests"))
-
+# The library is where the tests, which use it most, import it from.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from support.browser import chromium
-from support.chat_server import LAYERS, N_EXPERT, ChatServer, expert_state, serve_chat
+from support.chat_server import LAYERS, N_EXPERT, PAGE, ChatServer, expert_state, serve_chat
 
 QUESTION = "Why is the sky blue? With a table and a line of Python."
 ANSWER = """Air scatters **short** waves far more than long ones, by about `1/λ⁴`:
@@ -33,14 +32,14 @@ ANSWER = """Air scatters **short** waves far more than long ones, by about `1/λ
 scattered = (650 / wavelength_nm) ** 4
 ```
 
-So the light that reaches us from all sides is blue. At sunset its way is longer, and red is left."""
+So the light that comes from all sides is blue. At sunset its way is longer, and red is left."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    default = REPO / "bindings" / "megrez_runtime" / "serve.png"
+    default = PAGE.parent / "serve.png"
     parser.add_argument("--output", type=Path, default=default)
     output = parser.parse_args().output
     pieces = [ANSWER[at : at + 4] for at in range(0, len(ANSWER), 4)]
@@ -60,7 +59,7 @@ def draw(chat: ChatServer, output: Path) -> None:
         page.locator(".speed").wait_for()
         chat.experts = state(970, 43_000, 31 << 20)
         page.locator("[data-figure=waiting]", has_text="4.3").wait_for()
-        page.locator("canvas").hover(position={"x": 134, "y": 17})
+        page.locator("canvas").hover(position={"x": 139, "y": 17})
         page.screenshot(path=output)
 
 
