@@ -58,7 +58,7 @@ def draw(chat: ChatServer, output: Path) -> None:
         page.keyboard.press("Enter")
         page.locator(".speed").wait_for()
         chat.experts = state(970, 43_000, 31 << 20)
-        page.locator("[data-figure=waiting]", has_text="4.3").wait_for()
+        page.locator("[data-figure=hits]", has_text="97.0").wait_for()
         page.locator("canvas").hover(position={"x": 139, "y": 17})
         page.screenshot(path=output)
 
@@ -70,7 +70,7 @@ def state(hits: int, wait_us: int, bytes_read: int) -> dict[str, Any]:
     store = {"hits": hits, "misses": 30, "wait_us": wait_us, "bytes_read": bytes_read}
     if not hits:
         return expert_state(store=store)
-    return expert_state(store=store, used=used, uptime_us=2_000_000)
+    return expert_state(store=store, used=used)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def real_url(pocket_gguf: Callable[..., Path]) -> Iterator[str]:
         port = str(probe.getsockname()[1])
     command: list[str | Path] = [LLAMA_SERVER, "-m", pocket_gguf(), "--path", PAGE]
     command += ["--port", port, "--threads", "1"]
+    command += ["--override-kv", "megrez-moe.expert_counts=bool:true"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}/"

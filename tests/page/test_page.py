@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 
@@ -596,8 +597,11 @@ def figure(page: Page, name: str) -> Locator:
 def test_the_panel_tells_what_the_server_tells(chat: ChatServer, open_page: Open) -> None:
     chat.experts = expert_state(store=STORE)
     page = open_page(chat.url)
-    do(page, "Experts")
     ask(page)
+    page.clock.install()
+    page.clock.pause_at(datetime.datetime.now() + datetime.timedelta(seconds=10))
+    with page.expect_response("**/experts"):
+        do(page, "Experts")
     expect(figure(page, "rate")).to_have_text("12.5")
     expect(figure(page, "prompt")).to_have_text("150 tokens/s")
     expect(figure(page, "context")).to_have_text("23 / 4,096")
@@ -613,14 +617,38 @@ def test_the_panel_tells_what_the_server_tells(chat: ChatServer, open_page: Open
     used[4][9] = 12
     chat.experts |= {
         "used": used,
-        "uptime_us": 3_000_000,
         "store": STORE | {"wait_us": 500_000, "bytes_read": 4 * 2**20},
     }
-    # The poll that sees the change, and those after it, which see none.
+    page.clock.run_for(1000)
     expect(here).to_have_text(re.compile(r": 12 in the last second, 12 since"))
-    expect(figure(page, "waiting")).to_have_text("25.0 %")
-    expect(figure(page, "read")).to_have_text("2.0 MiB/s")
+    expect(figure(page, "waiting")).to_have_text("50.0 %")
+    expect(figure(page, "read")).to_have_text("4.0 MiB/s")
+    page.clock.run_for(1000)
     expect(here).to_have_text(re.compile(r": 0 in the last second, 12 since"))
+    expect(figure(page, "waiting")).to_have_text("0.0 %")
+
+
+def test_the_panel_starts_anew_with_the_server(chat: ChatServer, open_page: Open) -> None:
+    used = [[5] * 64 for _ in range(30)]
+    chat.experts = expert_state(used=used, store=STORE)
+    page = open_page(chat.url)
+    do(page, "Experts")
+    page.locator("canvas").focus()
+    page.keyboard.press("ArrowDown")
+    here = page.locator(".here")
+    expect(here).to_have_text(re.compile(r": 0 in the last second, 5 since"))
+    chat.experts = expert_state(store=STORE | {"hits": 10})
+    expect(here).to_have_text(re.compile(r": 0 in the last second, 0 since"))
+
+
+def test_a_server_that_does_not_count_has_figures_and_no_map(
+    chat: ChatServer, open_page: Open
+) -> None:
+    chat.experts = expert_state(layers=[], pools=[], n_expert=0, used=[], store=STORE)
+    page = open_page(chat.url)
+    do(page, "Experts")
+    expect(figure(page, "hits")).to_have_text("97.0 %")
+    expect(page.locator("canvas")).to_be_hidden()
 
 
 def test_the_map_shows_the_expert_at_work(chat: ChatServer, open_page: Open) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from typing import Any
 
 from playwright.sync_api import Route, expect
 
@@ -40,9 +41,29 @@ def test_a_stopped_answer_frees_its_slot(real_url: str, open_page: Open) -> None
         page.wait_for_timeout(10)
 
 
+def test_the_panel_tells_what_the_server_counted(real_url: str, open_page: Open) -> None:
+    page = open_page(real_url)
+    page.get_by_role("button", name="Experts").click()
+    page.locator("#input").fill("Why is the sky blue?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible()
+    experts = _get(real_url, "experts")
+    page.locator("canvas").focus()
+    page.keyboard.press("ArrowDown")
+    layer, pool, count = experts["layers"][1], experts["pools"][1], experts["used"][1][0]
+    here = page.locator(".here")
+    expect(here).to_contain_text(f"Layer {layer}, pool {pool}, expert 0")
+    expect(here).to_contain_text(f"{count:,} since the start")
+    expect(page.locator("[data-figure=memory]")).to_contain_text("MiB")
+
+
 def _is_busy(url: str) -> bool:
-    with urllib.request.urlopen(url + "slots", timeout=10) as response:
-        return any(slot["is_processing"] for slot in json.load(response))
+    return any(slot["is_processing"] for slot in _get(url, "slots"))
+
+
+def _get(url: str, path: str) -> Any:
+    with urllib.request.urlopen(url + path, timeout=10) as response:
+        return json.load(response)
 
 
 def test_a_conversation_too_long_is_said(real_url: str, open_page: Open) -> None:

@@ -62,11 +62,9 @@ def expert_state(**fields: Any) -> dict[str, Any]:
         "layers": LAYERS,
         "pools": [1 + (layer - 1) // 3 * 3 for layer in LAYERS],
         "n_expert": N_EXPERT,
-        "n_expert_used": 6,
         "used": [[0] * N_EXPERT for _ in LAYERS],
         "store": None,
         "resident_bytes": 2 * 2**30,
-        "uptime_us": 1_000_000,
     }
     return state | fields
 

@@ -1,7 +1,7 @@
 // The panel: speed, memory, the expert store, and which experts of which layers are at work.
 //
 // GET /experts counts, for each layer and expert, the tokens routed there since the load. The map
-// shows what was added lately, or all of it.
+// shows what was added lately, or all of it. A server that does not count says so by naming no layer.
 
 import { button, element } from "./dom.js";
 import { ApiError, get } from "./stream.js";
@@ -22,6 +22,7 @@ export class Panel {
   #toggle;
   #canvas = element("canvas", { tabIndex: 0, className: "heat" });
   #here = element("p", { className: "here" });
+  #map = element("div");
   #figures = new Map();
   #inMemory = element("p", { className: "hint", textContent: say("inMemory") });
   #before = null;
@@ -39,8 +40,11 @@ export class Panel {
     this.#canvas.setAttribute("role", "img");
     this.#here.setAttribute("aria-live", "polite");
     root.append(
-      element("h2", {}, say("atWork")), this.#list(), this.#inMemory, this.#choice(), this.#canvas,
-      this.#here, element("p", { className: "hint", textContent: say("more") }),
+      element("h2", {}, say("atWork")), this.#list(), this.#inMemory, this.#map,
+    );
+    this.#map.append(
+      this.#choice(), this.#canvas, this.#here,
+      element("p", { className: "hint", textContent: say("more") }),
     );
     toggle.onclick = () => this.show(root.hidden);
     this.#canvas.onpointermove = (event) => this.#point(event);
@@ -127,15 +131,15 @@ export class Panel {
   }
 
   #take(state) {
-    const restarted = this.#now !== null && state.uptime_us < this.#now.uptime_us;
-    this.#before = restarted ? null : this.#now;
-    this.#now = state;
+    this.#before = isLater(state, this.#now) ? this.#now : null;
+    this.#now = { ...state, at: performance.now() };
     const before = this.#before?.used;
     this.#recent = state.used.map((row, layer) =>
       row.map((count, expert) => (before ? count - before[layer][expert] : 0)));
     this.#warmth = this.#recent.map((row, layer) =>
       row.map((count, expert) => count + KEPT * (this.#warmth[layer]?.[expert] ?? 0)));
-    this.#set("memory", bytes(state.resident_bytes));
+    this.#map.hidden = state.layers.length === 0;
+    this.#set("memory", state.resident_bytes > 0 ? bytes(state.resident_bytes) : "–");
     for (const name of STORE) this.#figures.get(name).parentElement.hidden = state.store === null;
     this.#inMemory.hidden = state.store !== null;
     if (state.store) this.#takeStore(state.store, this.#before?.store);
@@ -145,8 +149,8 @@ export class Panel {
   #takeStore(store, before) {
     const asked = store.hits + store.misses;
     this.#set("hits", asked > 0 ? percent(store.hits / asked) : "–");
-    const seconds = before ? (this.#now.uptime_us - this.#before.uptime_us) / 1e6 : 0;
-    if (seconds <= 0) return;
+    if (!before) return;
+    const seconds = (this.#now.at - this.#before.at) / 1000;
     this.#set("waiting", percent((store.wait_us - before.wait_us) / 1e6 / seconds));
     this.#set("read", `${bytes((store.bytes_read - before.bytes_read) / seconds)}/s`);
   }
@@ -154,9 +158,9 @@ export class Panel {
   // --- the map ---
 
   #draw() {
-    if (!this.isOpen || this.#now === null) return;
+    if (!this.isOpen || this.#now === null || this.#map.hidden) return;
     const { layers, n_expert: experts } = this.#now;
-    const width = this.#root.querySelector(".figures").clientWidth;
+    const width = this.#map.clientWidth;
     const tops = this.#tops();
     const height = tops.at(-1) + ROW;
     const scale = window.devicePixelRatio;
@@ -249,6 +253,12 @@ export class Panel {
       total: number(this.#now.used[layer][expert]),
     });
   }
+}
+
+/** Whether a server that has said `before` can have gone on to `state`, or was started anew. */
+function isLater(state, before) {
+  const sum = ({ used, store }) => used.flat().reduce((one, other) => one + other, store?.hits ?? 0);
+  return before !== null && state.layers.length === before.layers.length && sum(state) >= sum(before);
 }
 
 /** The count from which on a cell has the full colour: a few outliers must not darken the rest. */
