@@ -322,8 +322,12 @@ def test_a_refused_request_says_why_and_can_be_retried(chat: ChatServer, open_pa
     assert said(chat) == ["user: Hi"]
 
 
-def test_a_broken_stream_keeps_what_came_and_goes_on(chat: ChatServer, open_page: Open) -> None:
+@pytest.mark.parametrize("politely", [False, True])
+def test_a_broken_stream_keeps_what_came_and_goes_on(
+    chat: ChatServer, open_page: Open, politely: bool
+) -> None:
     chat.hold_after = chat.break_after = 2
+    chat.break_politely = politely
     page = open_page(chat.url)
     say(page, "Hi")
     expect(answers(page)).to_have_text("Hello there")
@@ -680,14 +684,19 @@ def test_the_map_shows_the_expert_at_work(chat: ChatServer, open_page: Open) -> 
 def test_the_panel_asks_only_while_it_is_open(chat: ChatServer, open_page: Open) -> None:
     chat.experts = expert_state()
     page = open_page(chat.url)
-    do(page, "Experts")
     with page.expect_response("**/experts"):
-        pass
+        do(page, "Experts")
+    page.clock.install()
     do(page, "Experts")
     expect(page.locator("#panel")).to_be_hidden()
     before = chat.paths.count("/experts")
-    page.wait_for_timeout(1500)
+    for _ in range(5):
+        page.clock.run_for(1000)
+        page.evaluate("fetch('v1/models')")  # all that was asked before has been noted
     assert chat.paths.count("/experts") <= before + 1  # one may have been under way
+    with page.expect_response("**/experts"):
+        do(page, "Experts")
+        page.clock.run_for(1000)
 
 
 def test_a_server_without_experts_has_no_panel(chat: ChatServer, open_page: Open) -> None:

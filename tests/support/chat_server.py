@@ -44,6 +44,8 @@ class ChatServer:
     go: threading.Event = field(default_factory=threading.Event)
     break_after: int | None = None
     """Pieces after which the connection breaks."""
+    break_politely: bool = False
+    """The answer then ends as if it were whole, as a proxy may let it."""
     rate: float = 12.5
     experts: dict[str, Any] | None = None
     """What GET /experts says; None: a 404, as a server without it."""
@@ -162,6 +164,7 @@ class _Handler(SimpleHTTPRequestHandler):
                 chat.gone.set()
                 return
             if count == chat.break_after:
+                self.wfile.write(b"0\r\n\r\n" if chat.break_politely else b"")
                 return
         self._event({"delta": {}, "finish_reason": chat.finish}, len(chat.answer))
         usage = {"completion_tokens": len(chat.answer), "prompt_tokens": 20}
