@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megrez_gguf.format.reader import GGUFFile
+from megrez_runtime.memory import Needs, cache_batch
+
 HOST = "127.0.0.1"
 
 
@@ -31,6 +34,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def store_options(model: Path, share: float = 0.5) -> tuple[str, ...]:
+    """The options that give `model` a store for `share` of its experts."""
+    needs = Needs.of(GGUFFile.open(model), model)
+    size = int(needs.slot_bytes * needs.n_experts * share)
+    batch = cache_batch(needs, size)
+    cache = f"megrez-moe.expert_cache=int:{size}"
+    return "--override-kv", cache, "--ubatch-size", str(batch), "--batch-size", str(batch)
 
 
 def wait_until(condition: Callable[[], Any], within: float, what: str) -> float:
