@@ -45,6 +45,12 @@ def store_options(model: Path, share: float = 0.5) -> tuple[str, ...]:
     return "--override-kv", cache, "--ubatch-size", str(batch), "--batch-size", str(batch)
 
 
+def metrics(text: str) -> dict[str, float]:
+    """The values on a page of metrics in Prometheus' text format."""
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
 def wait_until(condition: Callable[[], Any], within: float, what: str) -> float:
     """Seconds until `condition()` is true; AssertionError when that takes more than `within`."""
     start = time.monotonic()
@@ -126,7 +132,7 @@ class Server:
 
     def busy(self) -> int:
         """Requests that are computed right now."""
-        return sum(bool(slot["is_processing"]) for slot in self.request("/slots").json)
+        return int(metrics(self.request("/metrics").body.decode())["llamacpp:requests_processing"])
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
