@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,9 @@ class Server:
         with self._open(path, body, timeout, method) as response:
             return Answer(response.status, dict(response.getheaders()), response.read())
 
-    def stream(self, path: str, body: dict[str, Any], timeout: float = 60) -> Iterator[Any]:
+    def stream(
+        self, path: str, body: dict[str, Any], timeout: float = 60
+    ) -> Generator[Any, None, None]:
         """The events of a streamed answer; closing the iterator closes the connection."""
         with self._open(path, body | {"stream": True}, timeout) as response:
             assert response.status == 200, response.read()
