@@ -62,7 +62,8 @@ class Place:
         fixed = ["--ctx-size", str(CONTEXT * SLOTS), "--parallel", str(SLOTS), "--threads", "1"]
         fixed += ["--override-kv", longer, "--metrics", "--no-ui", "--alias", "megrez-moe"]
         fixed += ["--timeout", "60", "--cors-origins", "", "--no-kv-unified", "--fit", "off"]
-        fixed += ["--cache-ram", "64", "--flash-attn", "off", "--offline", "--no-slots"]
+        fixed += ["--cache-ram", "64", "--batch-size", "512", "--flash-attn", "off"]
+        fixed += ["--offline", "--no-slots"]
         return [self.program, "--model", model or self.model, *fixed, *options]
 
     @contextlib.contextmanager
