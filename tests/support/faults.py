@@ -649,8 +649,8 @@ def full_log_disk(place: Place) -> str:
 
 def types(text: str) -> dict[str, str]:
     """The types on a page of metrics, each of which is described and has one value."""
-    found = dict(re.findall(r"^# TYPE (\w+:?\w+) (counter|gauge)$", text, re.MULTILINE))
-    described = re.findall(r"^# HELP (\w+:?\w+) \S", text, re.MULTILINE)
+    found = dict(re.findall(r"^# TYPE ([\w:]+) (counter|gauge)$", text, re.MULTILINE))
+    described = re.findall(r"^# HELP ([\w:]+) \S", text, re.MULTILINE)
     assert sorted(found) == sorted(described) == sorted(metrics(text)), text
     return found
 
