@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CACHE_KEY = f"{ARCH}.expert_cache"
 """Override that asks for a store; int, bytes of memory for experts."""
+COUNTS_KEY = f"{ARCH}.expert_counts"
+"""Override that has each router's choices counted, for the server's GET /experts; bool."""
 
 
 class _Stats(ctypes.Structure):

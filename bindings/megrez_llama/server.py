@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megrez_llama.errors import RuntimeUnavailableError
-from megrez_llama.expert_store import CACHE_KEY
+from megrez_llama.expert_store import CACHE_KEY, COUNTS_KEY
 from megrez_llama.patched import install_command, package
 
 BATCH = 512
@@ -128,12 +128,14 @@ def arguments(settings: Settings) -> list[str]:
     }
     if s.max_tokens is not None:
         given["--predict"] = s.max_tokens
+    overrides = [f"{COUNTS_KEY}=bool:true"]
     if s.expert_cache is not None:
-        given["--override-kv"] = f"{CACHE_KEY}=int:{s.expert_cache}"
+        overrides.append(f"{CACHE_KEY}=int:{s.expert_cache}")
         given["--load-mode"] = "none"
         given["--device"] = "none"
     elif s.n_gpu_layers >= 0:
         given["--gpu-layers"] = s.n_gpu_layers
+    given["--override-kv"] = ",".join(overrides)
     if s.page is not None:
         given["--path"] = s.page
     if s.keys is not None:

@@ -202,7 +202,9 @@ def _divide(
     n_ubatch = UBATCHES[0]
     if cache is not None:
         n_ubatch = cache_batch(needs, cache)
-        check_cache(needs, cache, min(n_ubatch, contexts[0]))
+        # The server computes a token of every client at once.
+        slots = tuple(n for n in slots if n <= n_ubatch) or slots[-1:]
+        check_cache(needs, cache, max(slots[-1], min(n_ubatch, contexts[0])))
     whole = [_Memory(_for_clients(needs, n), contexts[0], n_ubatch, cache) for n in slots]
     if budget is None:
         return whole[0]
@@ -222,9 +224,17 @@ def _with_store(needs: Needs, ram: int, contexts: list[int], slots: tuple[int, .
             others = served.least(n_ctx) - _for_clients(needs, 1).least(n_ctx)
             if spare < 0 or (n_slots > slots[-1] and others > spare // 4):
                 continue
-            n_ubatch = batch_for(served, ram, n_ctx)
+            # The server computes a token of every client at once.
+            n_ubatch = max(batch_for(served, ram, n_ctx), n_slots)
             room = ram - served.least(n_ctx, n_ubatch) + served.at_once(n_ubatch)
+            if room < served.at_once(n_ubatch):
+                continue
             cache = min(room, needs.n_experts * needs.slot_bytes)
             return _Memory(served, n_ctx, n_ubatch, cache)
-    batch_for(_for_clients(needs, slots[-1]), ram, contexts[-1])
-    raise MemoryBudgetError(f"{needs.path}: {format_size(ram)} are too little")
+    last = _for_clients(needs, slots[-1])
+    batch_for(last, ram, contexts[-1])
+    least = last.least(contexts[-1], slots[-1])
+    raise MemoryBudgetError(
+        f"{needs.path}: {format_size(ram)} are too little: {slots[-1]} clients at once need at least "
+        f"{-(-least >> 20)} MiB"
+    )

@@ -37,6 +37,9 @@ LLAMA_API bool llama_model_expert_store_stats(const struct llama_model * model, 
 // Change the memory for experts to `bytes` at most. False: no expert store, or less than a batch of n_ubatch needs
 LLAMA_API bool llama_model_expert_store_resize(struct llama_model * model, uint64_t bytes, uint32_t n_ubatch);
 
+// Why the last graph of this thread had no experts; empty: it had them, or there is no expert store
+LLAMA_API const char * llama_model_expert_store_error(const struct llama_model * model);
+
 // Size of the context's compute buffers, in bytes: memory that computing may use, and has not used at first
 LLAMA_API uint64_t llama_context_compute_bytes(const struct llama_context * ctx);
 

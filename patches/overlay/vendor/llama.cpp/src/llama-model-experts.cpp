@@ -132,6 +132,12 @@ bool llama_model_expert_store_resize(llama_model * model, uint64_t bytes, uint32
     return model->experts && model->experts->store.resize(bytes, n_experts_at_once(model->hparams, n_ubatch));
 }
 
+static thread_local std::string last_error;
+
+const char * llama_model_expert_store_error(const llama_model * model) {
+    return model->experts ? last_error.c_str() : "";
+}
+
 uint64_t llama_context_compute_bytes(const llama_context * ctx) {
     uint64_t ret = 0;
     for (const auto & [buft, data] : llama_get_memory_breakdown(ctx)) {
@@ -201,6 +207,7 @@ bool llm_graph_input_experts::can_reuse(const llm_graph_params &) {
 
 bool llm_graph_input_experts::done() {
     const std::string error = run.end();
+    last_error = error;
     if (!error.empty()) {
         LLAMA_LOG_ERROR("%s: cannot load experts: %s\n", __func__, error.c_str());
     }

@@ -1,5 +1,6 @@
 #include "models.h"
 
+#include "llama-expert-counts.h"
 #include "llama-model-experts.h"
 
 // Megrez2 (arXiv 2507.17728): a mixture-of-experts decoder in which
@@ -126,7 +127,8 @@ void llama_model_megrez_moe::load_arch_tensors(llama_model_loader & ml) {
     for (int i = 0; i < n_layer; ++i) {
         pools[i] = pool_layer(i);
     }
-    experts = llama_model_experts::load(ml, *this, pools, params.use_extra_bufts);
+    experts       = llama_model_experts::load(ml, *this, pools, params.use_extra_bufts);
+    expert_counts = llama_expert_counts::load(ml, *this, pools);
 
     tok_embd = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
 
@@ -210,6 +212,9 @@ llama_model_megrez_moe::graph::graph(const llama_model_megrez_moe & model, const
         const auto routing = build_moe_routing(h, nullptr, nullptr, layer.ffn_exp_probs_b, n_expert, n_used(il),
                 hparams.expert_weights_norm, hparams.expert_weights_scale, gating_func, il, logits);
 
+        if (model.expert_counts) {
+            ggml_build_forward_expand(gf, model.expert_counts->count(ctx0, routing.experts, il));
+        }
         if (inp_experts && hparams.expert_pre_gate) {
             ggml_build_forward_expand(gf, inp_experts->announce(ctx0, routing.experts, il));
         }

@@ -1,0 +1,13 @@
+#pragma once
+
+#include "server-common.h"
+
+// Checks the body of an OpenAI request before anything is done with it, as OpenAI's API would: what the parameters may
+// be, and what this server does not do. Throws std::invalid_argument, whose text names the parameter, what it is and
+// what was expected. `null` is as good as absent. Parameters that it does not know pass.
+
+// POST /v1/chat/completions; messages of the role "developer" become "system", which templates know
+void server_check_chat_request(json & body);
+
+// POST /v1/completions
+void server_check_completion_request(const json & body);
