@@ -235,6 +235,6 @@ def _with_store(needs: Needs, ram: int, contexts: list[int], slots: tuple[int, .
     batch_for(last, ram, contexts[-1])
     least = last.least(contexts[-1], slots[-1])
     raise MemoryBudgetError(
-        f"{needs.path}: {format_size(ram)} are too little: {slots[-1]} clients at once need at least "
-        f"{-(-least >> 20)} MiB"
+        f"{needs.path}: {format_size(ram)} are too little: {slots[-1]} clients at once need at "
+        f"least {-(-least >> 20)} MiB"
     )

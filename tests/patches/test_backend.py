@@ -188,7 +188,9 @@ def test_the_package_has_what_python_loads_and_no_more() -> None:
     files = importlib.metadata.files("llama_cpp_python") or []
     libraries = {path.name.partition(".")[0] for path in files if path.parent.name == "lib"}
     assert {"libllama", "libmtmd", "libggml-cpu"} <= libraries
-    assert "libllama-common" not in libraries
+    assert "llama-server" in libraries  # and what it alone needs
+    folders = {path.parts[0] for path in files}
+    assert {name for name in folders if not name.endswith(".dist-info")} == {"llama_cpp"}
 
 
 @pytest.mark.parametrize(("given", "verbose"), [("", "0"), ("1", "1")])

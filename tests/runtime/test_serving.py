@@ -192,9 +192,10 @@ def test_what_the_server_is_told(long: Path) -> None:
     # One context for all would let one client end the answers of others.
     assert "--no-kv-unified" in words
     assert "--no-ui" in words
-    assert "--override-kv" not in words
+    counted = "megrez-moe.expert_counts=bool:true"
+    assert option(words, "--override-kv") == counted
     stored = server.arguments(settings(plan, expert_cache=MIB, page=Path("page")))
-    assert option(stored, "--override-kv") == f"megrez-moe.expert_cache=int:{MIB}"
+    assert option(stored, "--override-kv") == f"{counted},megrez-moe.expert_cache=int:{MIB}"
     assert option(stored, "--load-mode") == "none"
     assert option(stored, "--path") == "page"
     assert "--no-ui" not in stored

@@ -67,7 +67,9 @@ def _environment(root: Path, settings: dict[str, Any]) -> dict[str, str]:
     env.update(CCACHE_BASEDIR=str(root.parent), CCACHE_NOHASHDIR="1")
     # `pip install -v` shows ninja's [12/65]; with upstream's "verbose", command lines bury it.
     # Upstream installs everything twice; llama_cpp/lib is what is loaded.
-    env["SKBUILD_WHEEL_EXCLUDE"] = os.environ.get("SKBUILD_WHEEL_EXCLUDE") or "bin/;include/;lib/"
+    env["SKBUILD_WHEEL_EXCLUDE"] = (
+        os.environ.get("SKBUILD_WHEEL_EXCLUDE") or "/bin/;/include/;/lib/"
+    )
     env["SKBUILD_CMAKE_VERBOSE"] = os.environ.get("SKBUILD_CMAKE_VERBOSE") or "0"
     return env
 

@@ -85,7 +85,7 @@ void check_stop(const json & body) {
     }
 }
 
-void check_logit_bias(const json & body) {
+void check_logit_bias(const json & body, int32_t n_vocab) {
     if (!has(body, "logit_bias") || body.at("logit_bias").is_array()) { // llama.cpp's own form
         return;
     }
@@ -94,20 +94,25 @@ void check_logit_bias(const json & body) {
         refuse("logit_bias", "an object of token ids and numbers", bias);
     }
     for (const auto & item : bias.items()) {
-        const bool is_id = !item.key().empty() && item.key().find_first_not_of("0123456789") == std::string::npos;
+        const std::string & key = item.key();
+        const bool is_id = !key.empty() && key.size() < 10 && key.find_first_not_of("0123456789") == std::string::npos &&
+            std::stol(key) < n_vocab;
         if (!is_id || !(item.value().is_number() || item.value().is_boolean())) {
-            refuse("logit_bias", "an object of token ids and numbers", bias);
+            refuse("logit_bias", string_format("an object of token ids below %d and numbers", n_vocab), bias);
         }
     }
 }
 
-void check_common(const json & body) {
+void check_common(const json & body, int32_t n_vocab) {
     if (!body.is_object()) {
         throw std::invalid_argument("expected a JSON object as the body of the request");
     }
     check_numbers(body);
     check_stop(body);
-    check_logit_bias(body);
+    check_logit_bias(body, n_vocab);
+    if (has(body, "model") && !body.at("model").is_string()) {
+        refuse("model", "a name", body.at("model"));
+    }
     if (has(body, "stream") && !body.at("stream").is_boolean()) {
         refuse("stream", "true or false", body.at("stream"));
     }
@@ -236,8 +241,8 @@ void check_response_format(const json & body) {
 
 } // namespace
 
-void server_check_chat_request(json & body) {
-    check_common(body);
+void server_check_chat_request(json & body, int32_t n_vocab) {
+    check_common(body, n_vocab);
     check_messages(body);
     check_tools(body);
     check_response_format(body);
@@ -246,8 +251,8 @@ void server_check_chat_request(json & body) {
     }
 }
 
-void server_check_completion_request(const json & body) {
-    check_common(body);
+void server_check_completion_request(const json & body, int32_t n_vocab) {
+    check_common(body, n_vocab);
     if (!has(body, "prompt")) {
         refuse("prompt", "a text, a list of texts or of token ids");
     }

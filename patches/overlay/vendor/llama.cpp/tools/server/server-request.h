@@ -7,7 +7,7 @@
 // what was expected. `null` is as good as absent. Parameters that it does not know pass.
 
 // POST /v1/chat/completions; messages of the role "developer" become "system", which templates know
-void server_check_chat_request(json & body);
+void server_check_chat_request(json & body, int32_t n_vocab);
 
 // POST /v1/completions
-void server_check_completion_request(const json & body);
+void server_check_completion_request(const json & body, int32_t n_vocab);
