@@ -213,9 +213,9 @@ def test_health_needs_no_key(server: Server) -> None:
     assert server.get("/health", {"Authorization": ""}).status == 200
 
 
-@pytest.mark.parametrize("model", ["gpt-4o", "", 3])
+@pytest.mark.parametrize("model", ["gpt-4o", ""])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_an_unknown_model(server: Server, path: str, model: Any) -> None:
+def test_an_unknown_model(server: Server, path: str, model: str) -> None:
     found = error(server.post(path, BODY | {"model": model, "prompt": "x"}), 404)
     assert found["code"] == "model_not_found"
     assert "megrez-moe" in found["message"]
