@@ -32,10 +32,11 @@ import numpy as np
 from bench_decode import write_twin
 
 from megrez_gguf.format.reader import GGUFFile
+from megrez_llama.server import program
 from megrez_parity.provenance import provenance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from support.serving import HOST, Server, llama_server, serve, store_options
+from support.serving import HOST, Server, serve, store_options
 
 SEED = 0
 Prompt = list[int]
@@ -134,7 +135,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="a megrez-moe GGUF of any type")
-    parser.add_argument("--server", type=Path, default=llama_server(), help="ours [the installed]")
+    parser.add_argument("--server", type=Path, default=program(), help="ours [the installed]")
     parser.add_argument("--stock", type=Path, help="upstream's llama-server, without our patches")
     parser.add_argument("--store", type=int, metavar="PERCENT", help="also ours, with a store")
     parser.add_argument("--clients", type=numbers, default=[1, 4, 16, 64])

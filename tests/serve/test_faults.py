@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megrez_llama.server import program
 from support import faults
 from support.faults import Fault, Place
-from support.serving import llama_server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -40,7 +40,7 @@ QUICK = (
 @pytest.fixture
 def place(pocket_gguf: Callable[..., Path], tmp_path: Path) -> Place:
     # Busy machines notice late; how soon it is on a quiet one, the script says.
-    return Place(pocket_gguf("q8_0"), tmp_path, llama_server(), notice=60)
+    return Place(pocket_gguf("q8_0"), tmp_path, program(), notice=60)
 
 
 @pytest.mark.parametrize("fault", QUICK, ids=lambda fault: fault.__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import signal
@@ -17,17 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.format.reader import GGUFFile
+from megrez_llama.expert_store import CACHE_KEY
 from megrez_runtime.memory import Needs, cache_batch
 
 HOST = "127.0.0.1"
-
-
-def llama_server() -> Path:
-    """The program that the installed llama_cpp carries."""
-    found = importlib.util.find_spec("llama_cpp")
-    assert found is not None
-    assert found.origin is not None
-    return Path(found.origin).parent / "lib" / "llama-server"
 
 
 def free_port() -> int:
@@ -41,7 +33,7 @@ def store_options(model: Path, share: float = 0.5) -> tuple[str, ...]:
     needs = Needs.of(GGUFFile.open(model), model)
     size = int(needs.slot_bytes * needs.n_experts * share)
     batch = cache_batch(needs, size)
-    cache = f"megrez-moe.expert_cache=int:{size}"
+    cache = f"{CACHE_KEY}=int:{size}"
     return "--override-kv", cache, "--ubatch-size", str(batch), "--batch-size", str(batch)
 
 
