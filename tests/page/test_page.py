@@ -543,15 +543,36 @@ def test_the_keyboard_reaches_everything(chat: ChatServer, open_page: Open) -> N
     assert expected | {"Experts", "Copy", "Edit", "Answer again", "Message"} <= reached
 
 
+def compose(page: Page, key: str) -> None:
+    """An input method offers 世界 for "shijie", and takes `key` to end with it."""
+    keys = page.context.new_cdp_session(page)
+    keys.send("Input.imeSetComposition", {"text": "shijie", "selectionStart": 6, "selectionEnd": 6})
+    pressed = {"key": key, "code": key, "windowsVirtualKeyCode": 229}
+    keys.send("Input.dispatchKeyEvent", {"type": "rawKeyDown", **pressed})
+    keys.send("Input.insertText", {"text": "世界"})
+
+
+@pytest.mark.parametrize("key", ["Enter", "Escape"])
+def test_a_key_that_ends_a_composition_ends_no_edit(
+    chat: ChatServer, open_page: Open, key: str
+) -> None:
+    page = open_page(chat.url)
+    ask(page, "one")
+    page.locator("#input").press("ArrowUp")
+    box = page.get_by_role("textbox", name="Edit")
+    box.fill("")
+    compose(page, key)
+    expect(box).to_have_value("世界")
+    box.press(key)
+    expect(box).not_to_be_visible()
+    expect(page.locator(".user .body")).to_have_text("世界" if key == "Enter" else "one")
+
+
 def test_enter_that_ends_a_composition_does_not_send(chat: ChatServer, open_page: Open) -> None:
     page = open_page(chat.url, locale="zh-CN")
     box = page.get_by_role("textbox", name="输入消息")
     box.focus()
-    keys = page.context.new_cdp_session(page)
-    keys.send("Input.imeSetComposition", {"text": "shijie", "selectionStart": 6, "selectionEnd": 6})
-    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229}
-    keys.send("Input.dispatchKeyEvent", {"type": "rawKeyDown", **enter})
-    keys.send("Input.insertText", {"text": "世界"})
+    compose(page, "Enter")
     expect(box).to_have_value("世界")
     assert chat.asked == []
     box.press("Enter")

@@ -1,7 +1,7 @@
 // The page's controller: what the reader does becomes requests, what arrives becomes messages.
 
 import * as conversations from "./conversations.js";
-import { button, element, grow, isSubmit } from "./dom.js";
+import { button, element, grow, isComposing, isSubmit } from "./dom.js";
 import { Panel } from "./panel.js";
 import { askKey, setUpSettings, setUpTheme } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -309,7 +309,7 @@ $("input").onkeydown = (event) => {
   }
 };
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+  if (event.key !== "Escape" || isComposing(event) || document.querySelector("dialog[open]")) return;
   if (sidebar.isOpen) sidebar.toggle(false);
   else runs.get(current.id)?.controller.abort();
 });

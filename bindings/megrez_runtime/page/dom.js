@@ -14,10 +14,26 @@ export function button(name, act, className = "") {
   return element("button", { type: "button", className, textContent: say(name), onclick: act });
 }
 
-/** Enter without Shift, and not the one that ends an input method's composition. */
+/** Whether a key is the input method's, as the Enter that ends a composition. */
+export function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
+/** Enter without Shift. */
 export function isSubmit(event) {
-  const composing = event.isComposing || event.keyCode === 229;
-  return event.key === "Enter" && !event.shiftKey && !composing;
+  return event.key === "Enter" && !event.shiftKey && !isComposing(event);
+}
+
+/** Enter in `field` calls finish(true), Escape finish(false). */
+export function onFinish(field, finish) {
+  field.addEventListener("keydown", (event) => {
+    const submits = isSubmit(event);
+    if (!submits && (event.key !== "Escape" || isComposing(event))) return;
+    // Or Enter would press the button that has the focus next, and Escape stop the answer.
+    event.preventDefault();
+    event.stopPropagation();
+    finish(submits);
+  });
 }
 
 /** A text area as high as its text; style.css limits it. */

@@ -1,6 +1,6 @@
 // The list of conversations: choose, rename, delete.
 
-import { button, element, isSubmit } from "./dom.js";
+import { button, element, onFinish } from "./dom.js";
 import { say } from "./strings.js";
 
 export class Sidebar {
@@ -59,16 +59,7 @@ export class Sidebar {
       done = true;
       this.#actions.rename(id, (keep && input.value.trim()) || title);
     };
-    input.onkeydown = (event) => {
-      if (isSubmit(event)) {
-        // Or it would press the button that has the focus next.
-        event.preventDefault();
-        finish(true);
-      } else if (event.key === "Escape") {
-        event.stopPropagation();
-        finish(false);
-      }
-    };
+    onFinish(input, finish);
     input.onblur = () => finish(true);
     entry.replaceChildren(input);
     input.focus();

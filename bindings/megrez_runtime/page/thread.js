@@ -1,6 +1,6 @@
 // The conversation on the screen: its messages and what can be done with each.
 
-import { button, copy, element, grow, isSubmit } from "./dom.js";
+import { button, copy, element, grow, onFinish } from "./dom.js";
 import { render } from "./markdown.js";
 import { number, say } from "./strings.js";
 
@@ -115,15 +115,7 @@ export class Thread {
     };
     const cancel = button("cancel", () => finish(false));
     area.oninput = () => grow(area);
-    area.onkeydown = (event) => {
-      if (isSubmit(event)) {
-        event.preventDefault();
-        finish(true);
-      } else if (event.key === "Escape") {
-        event.stopPropagation();
-        finish(false);
-      }
-    };
+    onFinish(area, finish);
     view.body.replaceChildren(area);
     view.actions.replaceChildren(cancel, button("send", () => finish(true), "primary"));
     grow(area);
