@@ -36,7 +36,7 @@ from megrez_llama.server import program
 from megrez_parity.provenance import provenance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from support.serving import HOST, Server, serve, store_options
+from support.server import HOST, Server, serve, store_options
 
 SEED = 0
 Prompt = list[int]

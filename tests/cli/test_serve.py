@@ -6,15 +6,16 @@ import os
 import re
 import signal
 import socket
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.commands import cli
-from support.servers import serving
+from support.server import KEY, serve_model
 
 QUESTION = {
     "model": "megrez-moe",
@@ -35,13 +36,19 @@ def became(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_the_authors_request_works_as_they_wrote_it(pocket_gguf: Callable[..., Path]) -> None:
-    with serving(pocket_gguf(), "--max-tokens", "24") as server:
-        status, answer = server.ask("/v1/chat/completions", QUESTION, key="sk-123456")
-        assert status == 200, answer
+def test_the_authors_request_works_as_they_wrote_it(
+    pocket_gguf: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = ("--ram", "auto", "--max-tokens", "24")
+    with serve_model(pocket_gguf(), tmp_path, *options, key=None) as server:
+        assert f"megrez-moe at {server.url}: " in server.log.read_text("utf-8")
+        headers = {"Authorization": f"Bearer {KEY}"}
+        reply = server.post("/v1/chat/completions", QUESTION, headers)
+        assert reply.status == 200, reply.body
+        answer = reply.json()
         assert "珠穆朗玛峰" in answer["choices"][0]["message"]["content"]
         assert answer["usage"]["completion_tokens"] <= 24
-        assert "megrez-moe" in server.ask("/v1/models")[1]["data"][0]["aliases"]
+        assert "megrez-moe" in server.get("/v1/models").json()["data"][0]["aliases"]
         # One process: what was started is what serves, and ends as it should.
         command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
         assert b"llama-server" in command.split(b"\0")[0]
@@ -55,9 +62,10 @@ def test_keys_open_and_are_nowhere_to_be_seen(
     keys = tmp_path / "keys"
     keys.write_text("# of the team\n\nsk-first\r\n  sk-second\n")
     keys.chmod(0o600)
-    with serving(pocket_gguf(), "--api-key-file", keys, MEGREZ_API_KEY="sk-third") as server:
+    options = ("--api-key-file", keys)
+    with serve_model(pocket_gguf(), tmp_path, *options, key="sk-third") as server:
         found = {
-            key: server.ask("/v1/models", key=key)[0]
+            key: replace(server, key=key).get("/v1/models").status
             for key in (None, "sk-first", "sk-second", "sk-third", "# of the team")
         }
         assert [key for key, status in found.items() if status == 200] == ["sk-first", "sk-second"]
@@ -65,30 +73,23 @@ def test_keys_open_and_are_nowhere_to_be_seen(
         for file in ("cmdline", "environ"):
             seen = Path(f"/proc/{server.process.pid}/{file}").read_bytes()
             assert b"sk-" not in seen
-    with serving(pocket_gguf(), "--host", "0.0.0.0", MEGREZ_API_KEY="a,b") as server:
-        server.url = server.url.replace("0.0.0.0", "127.0.0.1")
-        assert [server.ask("/v1/models", key=key)[0] for key in ("a,b", "a")] == [200, 401]
+    with serve_model(pocket_gguf(), tmp_path, "--host", "0.0.0.0", key="a,b") as server:
+        assert server.get("/v1/models").status == 200
+        assert replace(server, key="a").get("/v1/models").status == 401
 
 
-def test_parallel_requests_do_not_end_one_another(pocket_gguf: Callable[..., Path]) -> None:
+def test_parallel_requests_do_not_end_one_another(
+    pocket_gguf: Callable[..., Path], tmp_path: Path
+) -> None:
     """More clients than places, each filling its context to the end, with few experts in memory."""
     options = ("--ctx", "256", "--parallel", "3", "--expert-cache", "4M")
-    with serving(pocket_gguf(), *options) as server:
-        found: list[Any] = []
-        body = {"prompt": "山", "ignore_eos": True, "temperature": 0, "max_tokens": 1000}
-
-        def ask() -> None:
-            found.append(server.ask("/v1/completions", body))
-
-        threads = [threading.Thread(target=ask) for _ in range(7)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert [status for status, _ in found] == [200] * 7, found
-        for _, answer in found:
-            assert answer["choices"][0]["finish_reason"] == "length"
-            assert answer["usage"]["total_tokens"] == 256
+    body = {"prompt": "山", "ignore_eos": True, "temperature": 0, "max_tokens": 1000}
+    with serve_model(pocket_gguf(), tmp_path, *options) as server, ThreadPoolExecutor(7) as pool:
+        replies = list(pool.map(lambda _: server.post("/v1/completions", body), range(7)))
+    assert [reply.status for reply in replies] == [200] * 7, replies
+    for answer in (reply.json() for reply in replies):
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == 256
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "127.0.0.1,0.0.0.0"])
@@ -235,13 +236,13 @@ def test_names_of_ones_own_and_more_context_than_there_is(model: Path, became: l
     assert "warning: the model was trained on 2048 tokens" in done.stderr
 
 
-def test_nothing_of_this_process_is_left_over(model: Path) -> None:
+def test_nothing_of_this_process_is_left_over(model: Path, tmp_path: Path) -> None:
     """Signals as they were, and standard streams that were closed stay unused."""
     within = ("bash", "-c", 'exec 0<&- 1>&-; exec "$@"', "bash")
-    with serving(model, within=within) as server:
+    with serve_model(model, tmp_path, within=within) as server:
         folder = Path(f"/proc/{server.process.pid}")
         assert (folder / "fd/0").readlink() == Path(os.devnull)
         assert (folder / "fd/1").readlink() == Path(os.devnull)
-        fields = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines())
+        fields = server.status()
         assert not int(fields["SigBlk"], 16) & (1 << signal.SIGTERM - 1)
         assert not int(fields["SigIgn"], 16) & (1 << signal.SIGXFSZ - 1)

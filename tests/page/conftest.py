@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 from playwright.sync_api import Browser, Page
 
+from megrez_llama.expert_store import COUNTS_KEY
+from megrez_llama.server import program
 from support.browser import CHROMIUM, Open, chromium
 from support.chat_server import PAGE, ChatServer, serve_chat
-
-LLAMA_SERVER = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
+from support.server import Server, serve
 
 
 @pytest.fixture(scope="session")
@@ -61,28 +56,11 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
 
 @pytest.fixture(scope="session")
-def real_url(pocket_gguf: Callable[..., Path]) -> Iterator[str]:
+def server(
+    pocket_gguf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """llama-server with the pocket model and the page."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-    command: list[str | Path] = [LLAMA_SERVER, "-m", pocket_gguf(), "--path", PAGE]
-    command += ["--port", port, "--threads", "1"]
-    command += ["--override-kv", "megrez-moe.expert_counts=bool:true"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}/"
-        while not _healthy(url):
-            assert process.poll() is None, f"llama-server ended with {process.returncode}"
-            time.sleep(0.05)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url + "health", timeout=10):
-            return True
-    except (urllib.error.URLError, ConnectionError):
-        return False
+    command: list[str | Path] = [program(), "--model", pocket_gguf(), "--path", PAGE]
+    command += ["--threads", "1", "--override-kv", f"{COUNTS_KEY}=bool:true", "--metrics"]
+    with serve(command, tmp_path_factory.mktemp("server") / "log") as server:
+        yield server

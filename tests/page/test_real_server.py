@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import urllib.request
-from typing import Any
 
 from playwright.sync_api import Route, expect
 
 from support.browser import Open
+from support.server import Server, wait_until
 
 
-def test_the_model_answers_in_chinese(real_url: str, open_page: Open) -> None:
-    page = open_page(real_url, locale="zh-CN")
+def test_the_model_answers_in_chinese(server: Server, open_page: Open) -> None:
+    page = open_page(server.url, locale="zh-CN")
     page.locator("#input").fill("世界上最高的山峰是哪座？")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="重新回答")).to_be_visible()
@@ -20,7 +19,7 @@ def test_the_model_answers_in_chinese(real_url: str, open_page: Open) -> None:
     expect(page.locator(".speed")).to_contain_text("词元/秒")
 
 
-def test_a_stopped_answer_frees_its_slot(real_url: str, open_page: Open) -> None:
+def test_a_stopped_answer_frees_its_slot(server: Server, open_page: Open) -> None:
     def without_end(route: Route) -> None:
         # Many alternatives with each token also make the server slow enough to be stopped.
         body = json.loads(route.request.post_data or "") | {
@@ -30,24 +29,23 @@ def test_a_stopped_answer_frees_its_slot(real_url: str, open_page: Open) -> None
         }
         route.continue_(post_data=json.dumps(body))
 
-    page = open_page(real_url)
+    page = open_page(server.url)
     page.route("**/completions", without_end)
     page.locator("#input").fill("Count.")
     page.keyboard.press("Enter")
     expect(page.locator(".assistant .body")).not_to_be_empty()
     page.keyboard.press("Escape")
     expect(page.locator(".assistant .note")).to_have_text("Stopped.")
-    while _is_busy(real_url):
-        page.wait_for_timeout(10)
+    wait_until(lambda: server.busy() == 0, 60, "its work stops")
 
 
-def test_the_panel_tells_what_the_server_counted(real_url: str, open_page: Open) -> None:
-    page = open_page(real_url)
+def test_the_panel_tells_what_the_server_counted(server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
     page.get_by_role("button", name="Experts").click()
     page.locator("#input").fill("Why is the sky blue?")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Answer again")).to_be_visible()
-    experts = _get(real_url, "experts")
+    experts = server.get("/experts").json()
     page.locator("canvas").focus()
     page.keyboard.press("ArrowDown")
     layer, pool, count = experts["layers"][1], experts["pools"][1], experts["used"][1][0]
@@ -57,17 +55,8 @@ def test_the_panel_tells_what_the_server_counted(real_url: str, open_page: Open)
     expect(page.locator("[data-figure=memory]")).to_contain_text("MiB")
 
 
-def _is_busy(url: str) -> bool:
-    return any(slot["is_processing"] for slot in _get(url, "slots"))
-
-
-def _get(url: str, path: str) -> Any:
-    with urllib.request.urlopen(url + path, timeout=10) as response:
-        return json.load(response)
-
-
-def test_a_conversation_too_long_is_said(real_url: str, open_page: Open) -> None:
-    page = open_page(real_url)
+def test_a_conversation_too_long_is_said(server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
     page.locator("#input").fill("hello " * 1000)
     page.keyboard.press("Enter")
     expect(page.locator(".error")).to_contain_text("and the model's context 512")

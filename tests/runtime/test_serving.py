@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,7 @@ from megrez_runtime.memory import Needs
 from megrez_runtime.serving import PROGRAM, ServingPlan, plan_serving
 from support.configurations import TINY
 from support.gguf_edit import F32, STRING, Gguf
-from support.servers import serving
+from support.server import serve_model
 from support.shared import Shared
 
 MIB = 1 << 20
@@ -207,30 +206,22 @@ def test_the_environment_changes_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_the_server_stays_within_its_memory(large: Path, cgroup: Path) -> None:
+def test_the_server_stays_within_its_memory(large: Path, cgroup: Path, tmp_path: Path) -> None:
     """With several clients at once; the kernel would kill it otherwise, page cache counted."""
     ram = 250 * MIB
     (cgroup / "memory.limit_in_bytes").write_text(str(ram))
     within = ("bash", "-c", f'echo $$ > {cgroup}/cgroup.procs; exec "$@"', "bash")
     options = ("--ram", str(ram), "--parallel", "4", "--ctx", "256")
-    with serving(large, *options, within=within) as server:
-        assert "the others read when needed" in server.line
-        statuses: list[int] = []
+    with serve_model(large, tmp_path, *options, within=within) as server:
+        assert "the others read when needed" in server.log.read_text("utf-8")
 
-        def ask(number: int) -> None:
-            body = {"prompt": [100 + number + i for i in range(48)], "max_tokens": 8}
-            statuses.append(server.ask("/v1/completions", body | {"ignore_eos": True})[0])
+        def ask(number: int) -> int:
+            prompt = [100 + number + i for i in range(48)]
+            body = {"prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+            return server.post("/v1/completions", body).status
 
-        clients = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
-        assert statuses == [200] * 6
-        found: dict[str, Any] = dict(
-            line.split(":\t", 1)
-            for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
-        )
-        assert int(found["VmHWM"].split()[0]) * 1024 <= ram
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(ask, range(6))) == [200] * 6
+        assert server.memory("VmHWM") <= ram
     counts = dict(line.split() for line in (cgroup / "memory.oom_control").read_text().splitlines())
     assert counts.get("oom_kill", "0") == "0"

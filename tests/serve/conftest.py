@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Server, running
+from support.server import Server, serve_model
 
 
 @pytest.fixture(scope="module")
 def server(
     pocket_gguf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with running(pocket_gguf("f32"), tmp_path_factory.mktemp("server")) as server:
+    with serve_model(pocket_gguf("f32"), tmp_path_factory.mktemp("server")) as server:
         yield server

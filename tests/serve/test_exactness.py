@@ -15,7 +15,7 @@ from megrez_runtime import Sampling, Session, load
 from megrez_runtime.memory import Needs
 from megrez_runtime.template import ChatTemplate
 from support.llama import logits
-from support.server import Server, running
+from support.server import Server, serve_model
 
 QUESTIONS = [
     "世界上最高的山峰是哪座？",
@@ -68,7 +68,7 @@ def half(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     """A server that holds some more than half of the experts in memory."""
     needs = Needs.of(GGUFFile.open(path), path)
     cache = str(needs.expert_bytes * 3 // 5)
-    with running(path, tmp_path_factory.mktemp("half"), "--expert-cache", cache) as server:
+    with serve_model(path, tmp_path_factory.mktemp("half"), "--expert-cache", cache) as server:
         yield server
 
 

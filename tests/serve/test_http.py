@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 from contextlib import closing
 from typing import Any
 
@@ -26,7 +25,7 @@ HEAD = b"Host: x\r\nAuthorization: Bearer " + KEY.encode() + b"\r\n"
 
 def spoken(server: Server, *sent: bytes) -> bytes:
     """What comes back on a connection until the server closes it; a piece is sent a reply."""
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with server.connect() as connection:
         received = b""
         for data in sent:
             connection.sendall(data)
@@ -82,7 +81,7 @@ def test_a_chunked_request(server: Server) -> None:
 
 def test_a_request_in_pieces(server: Server) -> None:
     whole = request("1.1", DATA, "Connection: close")
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with server.connect() as connection:
         for i in range(0, len(whole), 40):
             connection.sendall(whole[i : i + 40])
         assert b" 200 " in connection.recv(1 << 16)
@@ -97,10 +96,10 @@ def test_expect_100_continue(server: Server) -> None:
 def test_what_is_not_wanted_is_not_waited_for(server: Server) -> None:
     """A client that asks first is told before it sends."""
     head = request("1.1", DATA, "Expect: 100-continue")[: -len(DATA)]
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with server.connect() as connection:
         connection.sendall(head.replace(KEY.encode(), b"wrong"))
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with server.connect() as connection:
         length = f"Content-Length: {len(DATA)}".encode()
         connection.sendall(head.replace(length, b"Content-Length: 200000000"))
         replies = connection.recv(1 << 16)

@@ -6,14 +6,11 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
-import os
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.server import KEY, Reply, Server
+from support.server import KEY, Answer, Server
 
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -21,7 +18,7 @@ BODY: dict[str, Any] = {"model": "megrez-moe", "messages": [USER], "max_tokens":
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
-def error(reply: Reply, status: int) -> dict[str, Any]:
+def error(reply: Answer, status: int) -> dict[str, Any]:
     """The error object of a reply with that `status`, in the shape that clients know."""
     assert reply.status == status, reply.body
     found: dict[str, Any] = reply.json()["error"]
@@ -244,15 +241,9 @@ def test_what_this_model_does_not_do(server: Server, path: str) -> None:
     assert server.post(path, body).status in (400, 404, 501)
 
 
-def resident(server: Server) -> int:
-    """Bytes of memory of the server's process."""
-    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
 def test_a_body_of_100_megabytes(server: Server, chunked: bool) -> None:
-    before = resident(server)
+    before = server.memory()
     piece = b"a " * (1 << 19)
     head = b'{"model":"megrez-moe","messages":[{"role":"user","content":"'
     length = {} if chunked else {"Content-Length": str(len(head) + 100 * len(piece))}
@@ -271,10 +262,10 @@ def test_a_body_of_100_megabytes(server: Server, chunked: bool) -> None:
     except OSError:
         pass  # refused while it was being sent
     response = connection.getresponse()
-    found = error(Reply(response.status, response.headers, response.read()), 413)
+    found = error(Answer(response.status, response.headers, response.read()), 413)
     connection.close()
     assert "MiB" in found["message"]
-    assert resident(server) - before < 64 << 20
+    assert server.memory() - before < 64 << 20
 
 
 def test_a_compressed_body(server: Server) -> None:
@@ -293,7 +284,7 @@ def test_a_compressed_body(server: Server) -> None:
     ids=lambda line: repr(line[:20]),
 )
 def test_what_is_no_http(server: Server, request_line: bytes) -> None:
-    with socket.create_connection(server.address, timeout=10) as connection:
+    with server.connect() as connection:
         connection.sendall(request_line)
         status = connection.recv(4096).split(b" ")[1:2]
     assert not status or status[0].startswith(b"4") or status[0] == b"505"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.gguf_edit import STRING, Gguf
-from support.server import Reply, Server, running
+from support.server import Answer, Server, serve_model
 
 USER = {"role": "user", "content": "世界上最高的山峰是哪座？"}
 BODY = {"messages": [USER], "max_tokens": 4, "temperature": 0}
@@ -22,9 +22,9 @@ def edited(pocket: Path, template: str, to: Path) -> Path:
     return file.write(to)
 
 
-def refused(reply: Reply, said: str) -> None:
+def refused(reply: Answer, said: str) -> None:
     assert reply.status == 400, reply.body
-    assert said in reply.json()["error"]["message"]
+    assert said in reply.error
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_template_that_fails(
 ) -> None:
     """Text completions work, and chat is refused with the template's error."""
     model = edited(pocket_gguf("f32"), template, tmp_path / "broken.gguf")
-    with running(model, tmp_path) as server:
+    with serve_model(model, tmp_path) as server:
         reply = server.post("/v1/completions", {"prompt": "山", "max_tokens": 2})
         assert reply.status == 200, reply.body
         for path in CHATS:
@@ -64,7 +64,7 @@ def test_a_template_that_refuses_a_long_conversation(
         "{% for message in messages %}{{ message.content }}{% endfor %}"
     )
     model = edited(pocket_gguf("f32"), template, tmp_path / "strict.gguf")
-    with running(model, tmp_path) as server:
+    with serve_model(model, tmp_path) as server:
         assert server.post(CHATS[0], BODY).status == 200
         answer = {"role": "assistant", "content": "a"}
         refused(server.post(CHATS[0], BODY | {"messages": [USER, answer, USER]}), "too long")
@@ -100,7 +100,7 @@ def test_a_request_brings_no_template(server: Server) -> None:
 def test_variables_of_a_template(pocket_gguf: Callable[..., Path], tmp_path: Path) -> None:
     template = "{{ mood }}<|turn_end|>{{ messages[0].content }}"
     model = edited(pocket_gguf("f32"), template, tmp_path / "variables.gguf")
-    with running(model, tmp_path) as server:
+    with serve_model(model, tmp_path) as server:
         more = {"chat_template_kwargs": {"mood": "happy"}}
         assert prompt(server, [USER], **more) == f"happy<|turn_end|>{USER['content']}"
         assert server.post(CHATS[0], BODY | more).status == 200

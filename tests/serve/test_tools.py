@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.gguf_edit import STRING, Gguf
-from support.server import Reply, Server, running
+from support.server import Answer, Server, serve_model
 
 START, END = "<|function_start|>", "<|function_end|>"
 BEGIN, TURN_END = "2863", "2862"  # the ids of START, where it is a token, and of <|turn_end|>
@@ -67,7 +67,7 @@ def prompt(server: Server, messages: list[dict[str, Any]], **more: Any) -> str:
     return str(reply.json()["prompt"])
 
 
-def ask(server: Server, **more: Any) -> Reply:
+def ask(server: Server, **more: Any) -> Answer:
     body = {"messages": [USER], "tools": TOOLS, "temperature": 0, "max_tokens": 500, **more}
     return server.post("/v1/chat/completions", body)
 
@@ -93,7 +93,7 @@ def check(name: str, arguments: Any) -> None:
         assert arguments in ({"by": {"n": [1, -2]}}, {"by": {"n": None}})
 
 
-def events(reply: Reply) -> list[dict[str, Any]]:
+def events(reply: Answer) -> list[dict[str, Any]]:
     assert reply.status == 200, reply.body
     lines = [line[6:] for line in reply.body.decode().splitlines() if line.startswith("data: ")]
     assert lines.pop() == "[DONE]"
@@ -105,7 +105,7 @@ def server(
     pocket_gguf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("long")
-    with running(longer(pocket_gguf("f32")).write(folder / "long.gguf"), folder) as server:
+    with serve_model(longer(pocket_gguf("f32")).write(folder / "long.gguf"), folder) as server:
         yield server
 
 
@@ -114,7 +114,7 @@ def marked(
     pocket_gguf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("marked")
-    with running(with_markers(pocket_gguf("f32"), folder), folder) as server:
+    with serve_model(with_markers(pocket_gguf("f32"), folder), folder) as server:
         yield server
 
 
@@ -299,7 +299,7 @@ def test_a_template_that_knows_tools_is_left_alone(
 ) -> None:
     """Then llama.cpp's automatic parser reads the format: it takes text before a demanded call,
     and calls behind the first."""
-    with running(with_markers(pocket_gguf("f32"), tmp_path, OWN), tmp_path) as server:
+    with serve_model(with_markers(pocket_gguf("f32"), tmp_path, OWN), tmp_path) as server:
         told = prompt(server, [USER], tools=TOOLS)
         assert told.startswith("<|role_start|>system<|role_end|>Tools: [")
         for demanded in ("auto", "required", NAMED):

@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from support.serving import (
+from support.server import (
     HOST,
     Answer,
     Server,
@@ -91,8 +91,8 @@ class Place:
     def expected_varied(self) -> list[list[int]]:
         """The tokens of each `varied` request, likewise."""
         with self.serve() as server:
-            answers = [server.request("/completion", varied(n)) for n in range(VARIED)]
-        return [answer.json["tokens"] for answer in answers]
+            answers = [server.post("/completion", varied(n)) for n in range(VARIED)]
+        return [answer.json()["tokens"] for answer in answers]
 
     def check(self, server: Server, within: float = 10) -> float:
         """Seconds a real client waits for the right answer."""
@@ -102,10 +102,10 @@ class Place:
         return time.monotonic() - start
 
 
-def tokens(server: Server, **options: Any) -> list[int]:
-    answer = server.request("/completion", PROBE, **options)
+def tokens(server: Server, timeout: float = 60) -> list[int]:
+    answer = server.request("POST", "/completion", PROBE, timeout=timeout)
     assert answer.status == 200, f"{answer.status}: {answer.body[:500]!r}"
-    return list(answer.json["tokens"])
+    return list(answer.json()["tokens"])
 
 
 def varied(number: int) -> dict[str, Any]:
@@ -334,7 +334,7 @@ def quick_requests(place: Place, count: int = 10_000) -> str:
                 ("/completion", {"prompt": 7.5}),
                 ("/nothing", None),
             ][number % 5]
-            return server.request(path, body).status
+            return server.request("POST" if body else "GET", path, body).status
 
         list(pool.map(ask, range(count // 5)))
         files, memory = server.descriptors(), server.memory()
@@ -365,8 +365,8 @@ def kill_and_restart(place: Place, times: int = 3) -> str:
             wait_until(lambda: server.busy() == SLOTS, 10, "all slots decode")
             group = children(server.process.pid)
             assert not group, f"child processes: {group}"
-            server.send(signal.SIGKILL)
-            assert server.wait() == -signal.SIGKILL
+            server.process.send_signal(signal.SIGKILL)
+            assert server.process.wait(30) == -signal.SIGKILL
             left = (set(place.folder.iterdir()) | set(Path("/dev/shm").iterdir())) - files
             assert left <= {place.log}, left
             start = time.monotonic()
@@ -391,23 +391,23 @@ def _end(place: Place, number: signal.Signals) -> str:
         body = ENDLESS | {"n_predict": length}
         streamed = server.stream("/completion", body, timeout=patience)
         next(streamed)
-        whole = pool.submit(server.request, "/completion", body, timeout=patience)
+        whole = pool.submit(server.request, "POST", "/completion", body, timeout=patience)
         wait_until(lambda: server.busy() == 2, 10, "both requests are computed")
-        server.send(number)
+        server.process.send_signal(number)
         start = time.monotonic()
         last = list(streamed)[-1]
         assert last.get("tokens_predicted") == length, last
         try:
-            status = server.request("/completion", PROBE).status
+            status = server.post("/completion", PROBE).status
             assert status == 503, f"a new request got {status}"
             new = "503"
         except ConnectionError:
             new = "refused"
         answer = whole.result()
         assert answer.status == 200, f"{answer.status}: {answer.body[:200]!r}"
-        assert answer.json["tokens_predicted"] == length, answer.json["tokens_predicted"]
+        assert answer.json()["tokens_predicted"] == length, answer.json()["tokens_predicted"]
         done = time.monotonic()
-        code = server.wait(30)
+        code = server.process.wait(30)
         assert code == 0, f"exit code {code}"
     return (
         f"both requests ended whole {done - start:.1f} s later, new ones {new}, "
@@ -432,12 +432,12 @@ def terminate_twice(place: Place) -> str:
         with server.connect() as client:
             client.sendall(request_bytes(ENDLESS | {"stream": True}))
             wait_until(lambda: server.busy() == 1, 10, "the request is computed")
-            server.send(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
             assert server.process.poll() is None, "the first one ended it with a request running"
-            server.send(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             start = time.monotonic()
-            code = server.wait(5)
+            code = server.process.wait(5)
     return f"exit code {code} after {time.monotonic() - start:.2f} s"
 
 
@@ -448,10 +448,10 @@ def terminate_idle(place: Place, count: int = 50) -> str:
         half = request_bytes(PROBE)[:-10]
         with connections(server, count), connections(server, 5, half):
             time.sleep(0.3)
-            server.send(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             start = time.monotonic()
             try:
-                code = server.wait(10)
+                code = server.process.wait(10)
             except subprocess.TimeoutExpired:
                 raise AssertionError("still there after 10 s") from None
             assert code == 0, f"exit code {code}"
@@ -463,7 +463,7 @@ def terminate_loading(place: Place) -> str:
     codes = []
     for delay in (0.01, 0.1, 0.3):
         port = free_port()
-        command = [*map(str, place.command()), "--host", HOST, "--port", str(port)]
+        command = [*map(str, place.command()), "--port", str(port)]
         with place.log.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -484,7 +484,7 @@ def port_taken(place: Place) -> str:
         other.listen()
         port = other.getsockname()[1]
         done = subprocess.run(
-            [*map(str, place.command()), "--host", HOST, "--port", str(port)],
+            [*map(str, place.command()), "--port", str(port)],
             capture_output=True,
             text=True,
             timeout=60,
@@ -539,7 +539,7 @@ def disk_errors(place: Place) -> str:
         place.check(server)
 
         def ask(number: int) -> Answer:
-            return server.request("/completion", varied(number % VARIED))
+            return server.post("/completion", varied(number % VARIED))
 
         statuses, message = [], ""
         for fails in (False, True, False, True, False):
@@ -549,7 +549,7 @@ def disk_errors(place: Place) -> str:
                 statuses.append(answer.status)
                 if answer.status == 200:
                     wanted = expected[number % VARIED]
-                    assert answer.json["tokens"] == wanted, f"wrong tokens, disk fails: {fails}"
+                    assert answer.json()["tokens"] == wanted, f"wrong tokens, disk fails: {fails}"
                 else:
                     assert fails, f"{answer.status} with a sound disk: {answer.body!r}"
                     assert answer.status == 500, f"{answer.status}: {answer.body!r}"
@@ -578,7 +578,7 @@ def replaced_file(place: Place) -> str:
         other.write_bytes(b"something else")
         other.replace(copy)
         for number in range(12):
-            server.request("/completion", varied(number))
+            server.post("/completion", varied(number))
         place.check(server)
     return "answers as before"
 
@@ -594,12 +594,13 @@ def truncated_file(place: Place) -> str:
             said = ""
             for number, expected in enumerate(place.expected_varied):
                 try:
-                    answer = server.request("/completion", varied(number))
+                    answer = server.post("/completion", varied(number))
                 except OSError:
-                    said = f"exit code {server.wait(10)}"  # of a mapped file, the kernel's doing
+                    # Of a mapped file, the kernel's doing.
+                    said = f"exit code {server.process.wait(10)}"
                     break
                 if answer.status == 200:
-                    assert answer.json["tokens"] == expected, "wrong tokens"
+                    assert answer.json()["tokens"] == expected, "wrong tokens"
                 else:
                     assert answer.status == 500, answer.body
                     said = f"500: {answer.error}"
@@ -640,7 +641,7 @@ def full_log_disk(place: Place) -> str:
     with place.serve("--log-file", "/dev/full") as server:
         for _ in range(3):
             place.check(server)
-        assert server.request("/completion", b"{").status == 400
+        assert server.post("/completion", b"{").status == 400
     return "answers as before"
 
 
@@ -660,14 +661,14 @@ def metrics_format(place: Place) -> str:
     with place.serve(*store_options(place.model)) as server:
         last: dict[str, float] = {}
         for number in range(5):
-            answer = server.request("/metrics")
+            answer = server.get("/metrics")
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             page = answer.body.decode()
             values, kinds = metrics(page), types(page)
             for name, before in last.items():
                 assert values[name] >= before or kinds[name] != "counter", f"{name} fell"
             last = values
-            server.request("/completion", varied(number))
+            server.post("/completion", varied(number))
         ours = [name for name in last if "expert" in name]
         assert ours, "nothing of the store"
         assert any(last[name] for name in ours), "the store's figures are zero"
@@ -725,7 +726,8 @@ def log_privacy(place: Place) -> str:
     leaks, statuses = [], []
     with place.serve() as server:
         for name, (path, body) in requests.items():
-            statuses.append(f"{name} {server.request(path, body).status}")
+            status = server.request("POST" if body else "GET", path, body).status
+            statuses.append(f"{name} {status}")
             time.sleep(0.05)  # the log is written by a thread
             lines = server.log.read_text(errors="replace").splitlines()
             leaks += [f"{name}: {line[12:]}" for line in lines if MARKER in line]
@@ -760,9 +762,9 @@ def soak(place: Place, minutes: float, clients: int = 8) -> str:
                 case 0:
                     place.check(server, within=120)
                 case 1:
-                    list(server.stream(chat, body | {"max_tokens": 300}, timeout=120))
+                    list(server.stream(chat, body | {"max_tokens": 300}))
                 case 2:
-                    leaving = server.stream("/completion", ENDLESS, timeout=120)
+                    leaving = server.stream("/completion", ENDLESS)
                     for _ in range(dice.randrange(1, 50)):
                         next(leaving)
                     leaving.close()
@@ -772,17 +774,17 @@ def soak(place: Place, minutes: float, clients: int = 8) -> str:
                         time.sleep(dice.random())
                 case 4:
                     body["tools"] = [TOOL]
-                    assert server.request(chat, body, timeout=120).status == 200
+                    assert server.post(chat, body).status == 200
                 case 5:
                     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
                     body["response_format"] = form
-                    assert server.request(chat, body, timeout=120).status == 200
+                    assert server.post(chat, body).status == 200
                 case 6:
                     long = {"prompt": [5] * (CONTEXT + 1), "n_predict": 1}
-                    assert server.request("/completion", long, timeout=120).status == 400
+                    assert server.post("/completion", long).status == 400
                 case 7:
                     prompt = {"prompt": [dice.randrange(5, 300) for _ in range(600)]}
-                    assert server.request("/completion", prompt | {"n_predict": 8}).status == 200
+                    assert server.post("/completion", prompt | {"n_predict": 8}).status == 200
             done += 1
         return done
 
