@@ -494,7 +494,9 @@ def test_memory_stays_small(make: Make, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert int(result.stdout) < 120_000, "KiB"
+    # 60 MB are Python and its libraries; then come 2 pieces being worked on (20 MB each) and, on a
+    # busy machine, as many waiting to be written and hashed as there may be (11 of 2 MB).
+    assert int(result.stdout) < 130_000, "KiB"
 
 
 def test_tiny_is_what_it_says() -> None:
