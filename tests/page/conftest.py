@@ -16,7 +16,7 @@ from support.chat_server import PAGE, ChatServer, serve_chat
 from support.server import Server, serve
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, nothing else in the process can use asyncio
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no Chromium in PATH; on Debian: apt install chromium")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import openai
@@ -169,6 +169,17 @@ def test_several_choices_in_a_stream(ask: Callable[..., Any]) -> None:
     assert said == [text(ask(max_tokens=8))] * 2
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_usage_in_a_stream_comes_once_and_counts_all(ask: Callable[..., Any], n: int) -> None:
+    fields: dict[str, Any] = {"n": n, "max_tokens": 8, "temperature": 0}
+    whole = ask(**fields)
+    chunks = list(ask(**fields, stream=True, stream_options={"include_usage": True}))
+    assert [c.usage for c in chunks if c.usage] == [chunks[-1].usage]
+    assert chunks[-1].choices == []
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(chunks[-1].usage, name) == getattr(whole.usage, name)
+
+
 def test_logit_bias(ask: Callable[..., Any]) -> None:
     first = ask(logprobs=True, top_logprobs=2, max_tokens=1).choices[0].logprobs.content[0]
     likeliest, second = (t.model_extra["id"] for t in first.top_logprobs)
@@ -245,6 +256,76 @@ def test_several_prompts(client: OpenAI) -> None:
         assert getattr(together.usage, name) == sum(getattr(c.usage, name) for c in alone)
 
 
+@pytest.mark.parametrize("include", [True, False])
+def test_usage_in_a_stream_of_several_prompts(client: OpenAI, include: bool) -> None:
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": ["The sky is", "In the beginning God"],
+        "n": 2,
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    whole = client.completions.create(**fields)
+    options: Any = {"include_usage": include}
+    chunks = list(client.completions.create(**fields, stream=True, stream_options=options))
+    said = [""] * 4
+    for chunk in chunks:
+        for choice in chunk.choices:
+            said[choice.index] += choice.text
+    assert said == [choice.text for choice in whole.choices]
+    used = [chunk.usage for chunk in chunks if chunk.usage]
+    assert len(used) == include
+    assert whole.usage
+    if include:
+        assert chunks[-1].choices == []
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            assert getattr(used[0], name) == getattr(whole.usage, name)
+
+
+def test_logprobs_of_completions(client: OpenAI) -> None:
+    """They have another form than those of chats."""
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "世界上最高的山峰是",
+        "max_tokens": 12,
+        "logprobs": 3,
+        "temperature": 0,
+    }
+    choice = client.completions.create(**fields).choices[0]
+    found: Any = choice.logprobs
+    assert len(found.tokens) == 12
+    assert "".join(found.tokens) == choice.text
+    assert found.text_offset == [len("".join(found.tokens[:index])) for index in range(12)]
+    rows = zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True)
+    for name, value, tops in rows:
+        assert len(tops) == 3
+        assert max(tops.values()) == tops[name] == value
+    streamed = [
+        (part.tokens, part.token_logprobs, part.top_logprobs, part.text_offset)
+        for chunk in client.completions.create(**fields, stream=True)
+        if (part := cast("Any", chunk.choices[0].logprobs))
+    ]
+    for number, name in enumerate(("tokens", "token_logprobs", "top_logprobs", "text_offset")):
+        for one, other in zip(
+            [value for part in streamed for value in part[number]],
+            getattr(found, name),
+            strict=True,
+        ):
+            assert one == (other if isinstance(other, str) else pytest.approx(other, abs=1e-4))
+
+
+def test_logprobs_of_a_part_of_a_character(server: Server, client: OpenAI) -> None:
+    """A text cannot hold it."""
+    first = server.post("/tokenize", {"content": "🗻"}).json()["tokens"][0]
+    found = client.completions.create(
+        model=MODEL, prompt="a", max_tokens=2, logprobs=1, logit_bias={str(first): 100}
+    )
+    logprobs = found.choices[0].logprobs
+    assert logprobs
+    assert logprobs.tokens == ["bytes:\\xf0"] * 2
+    assert logprobs.text_offset == [0, 1]
+
+
 # --- a format for the answer ---
 
 
@@ -315,6 +396,52 @@ def test_responses_parsed(client: OpenAI) -> None:
         model=MODEL, input="Invent a person.", text_format=Person, max_output_tokens=300
     )
     assert isinstance(response.output_parsed, Person)
+
+
+def events(client: OpenAI, **fields: Any) -> tuple[list[Any], Any]:
+    """The events of a streamed response, and what the package made of them."""
+    with client.responses.stream(model=MODEL, **fields) as stream:
+        return list(stream), stream.get_final_response()
+
+
+def test_a_streamed_response(client: OpenAI) -> None:
+    whole = client.responses.create(model=MODEL, input=QUESTION, temperature=0)
+    assert whole.usage
+    found, final = events(client, input=QUESTION, temperature=0)
+    assert final.output_text == whole.output_text
+    assert final.usage.total_tokens == whole.usage.total_tokens
+    assert [event.sequence_number for event in found] == list(range(len(found)))
+    assert [event.type for event in found if not event.type.endswith(".delta")] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    deltas = [event for event in found if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == whole.output_text
+    assert deltas[-1].snapshot == whole.output_text
+    assert {(event.output_index, event.content_index) for event in deltas} == {(0, 0)}
+    assert found[0].response.id == final.id
+
+
+def test_a_streamed_response_that_is_cut_off(client: OpenAI) -> None:
+    stream = client.responses.create(
+        model=MODEL, input=QUESTION, temperature=0, max_output_tokens=5, stream=True
+    )
+    *_, last = stream
+    assert last.type == "response.incomplete"
+    assert last.response.status == "incomplete"
+    assert last.response.incomplete_details
+    assert last.response.incomplete_details.reason == "max_output_tokens"
+
+
+def test_a_streamed_response_of_a_schema(client: OpenAI) -> None:
+    _, final = events(client, input="Invent a person.", text_format=Person, max_output_tokens=300)
+    assert isinstance(final.output_parsed, Person)
 
 
 # --- models and errors ---
@@ -510,6 +637,27 @@ def test_a_call_in_a_stream(client: OpenAI) -> None:
     assert (name, json.loads(arguments)) == (whole.name, json.loads(whole.arguments))
     assert endings[-1] == "tool_calls"
     assert set(endings[:-1]) == {None}
+
+
+def test_a_call_in_a_streamed_response(client: OpenAI) -> None:
+    """With all its arguments in deltas, whatever is held back until the end."""
+    tools: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    found, final = events(
+        client,
+        input="What is the weather in Paris?",
+        tools=tools,
+        tool_choice={"type": "function", "name": "add"},
+        max_output_tokens=400,
+        temperature=0,
+    )
+    made = final.output[-1]
+    assert (made.type, made.name) == ("function_call", "add")
+    jsonschema.validate(json.loads(made.arguments), PARAMETERS["add"])
+    of_it = [event for event in found if getattr(event, "item_id", None) == made.id]
+    assert "".join(event.delta for event in of_it if hasattr(event, "delta")) == made.arguments
+    assert of_it[-1].type == "response.function_call_arguments.done"
+    assert of_it[-1].arguments == made.arguments
+    assert {event.output_index for event in of_it} == {len(final.output) - 1}
 
 
 @pytest.mark.parametrize("choice", ["auto", "none"])

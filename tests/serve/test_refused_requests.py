@@ -151,6 +151,97 @@ def test_what_a_completion_may_not_say(server: Server, changes: dict[str, Any], 
     assert said in found["message"]
 
 
+# The other ways to the model, each with its own names for much the same.
+OTHERS: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "hi", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [USER], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [USER]},
+    "/apply-template": {"messages": [USER]},
+}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_other_ways(server: Server, path: str) -> None:
+    assert server.post(path, OTHERS[path]).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "said"),
+    [
+        *(
+            (path, changes, said)
+            for path in OTHERS
+            for changes, said in [
+                ({"temperature": "hot"}, "temperature"),
+                ({"top_p": 2}, "top_p"),
+                ({"tools": "x"}, "tools"),
+                ({"tools": [1]}, "tools"),
+            ]
+        ),
+        *(
+            (path, {"messages": found}, said)
+            for path in OTHERS
+            if path != "/v1/responses"
+            for found, said in [
+                (None, "messages"),
+                ([], "messages"),
+                ("hi", "messages"),
+                ([1], "messages"),
+                ([{"role": "user"}], "content"),
+                ([{"role": "user", "content": 3}], "content"),
+                ([{"role": "wizard", "content": "x"}], "role"),
+                ([{"role": "user", "content": [1]}], "content"),
+            ]
+        ),
+        *(
+            ("/v1/responses", {"input": found}, said)
+            for found, said in [
+                (None, "input"),
+                (5, "input"),
+                ([], "input"),
+                ([1], "input"),
+                ([{"role": "user"}], "input"),
+                ([{"role": "wizard", "content": "x"}], "input"),
+                ([{"role": "user", "content": [1]}], "input"),
+                ([{"role": "user", "content": [{"type": "input_text", "text": 3}]}], "text"),
+            ]
+        ),
+        ("/v1/responses", {"model": 5}, "model"),
+        ("/v1/responses", {"max_output_tokens": -5}, "max_output_tokens"),
+        ("/v1/responses", {"max_output_tokens": "8"}, "max_output_tokens"),
+        ("/v1/responses", {"text": 5}, "text"),
+        ("/v1/responses", {"text": {"format": 5}}, "format"),
+        ("/v1/responses", {"text": {"format": {"type": "xml"}}}, "xml"),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema"}}}, "schema"),
+        ("/v1/responses", {"instructions": 5}, "instructions"),
+        ("/v1/responses", {"reasoning": 5}, "reasoning"),
+        ("/v1/responses", {"stream": "yes"}, "stream"),
+        ("/v1/responses", {"tool_choice": "required"}, "tools"),
+        ("/v1/responses", {"previous_response_id": "resp_1"}, "previous_response_id"),
+        ("/v1/messages", {"max_tokens": "8"}, "max_tokens"),
+        ("/v1/messages", {"max_tokens": -5}, "max_tokens"),
+        ("/v1/messages", {"system": 5}, "system"),
+        ("/v1/messages", {"stop_sequences": 5}, "stop"),
+        ("/v1/messages", {"stop_sequences": [1]}, "stop"),
+        ("/v1/messages", {"tool_choice": {"type": "any"}}, "tools"),
+        ("/v1/messages", {"tool_choice": 5}, "tool_choice"),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            "image",
+        ),
+    ],
+    ids=repr,
+)
+def test_what_others_may_not_say(
+    server: Server, path: str, changes: dict[str, Any], said: str
+) -> None:
+    found = error(server.post(path, OTHERS[path] | changes), 400)
+    assert found["type"] == "invalid_request_error"
+    assert said in found["message"]
+    assert "exception" not in found["message"]
+
+
 GOOD = json.dumps(BODY).encode()
 
 
@@ -211,11 +302,16 @@ def test_health_needs_no_key(server: Server) -> None:
 
 
 @pytest.mark.parametrize("model", ["gpt-4o", ""])
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 def test_an_unknown_model(server: Server, path: str, model: str) -> None:
-    found = error(server.post(path, BODY | {"model": model, "prompt": "x"}), 404)
+    found = error(server.post(path, BODY | {"model": model, "prompt": "x", "input": "x"}), 404)
     assert found["code"] == "model_not_found"
     assert "megrez-moe" in found["message"]
+
+
+def test_clients_of_anthropic_s_api_name_models_of_their_own(server: Server) -> None:
+    body = OTHERS["/v1/messages"] | {"model": "claude"}
+    assert server.post("/v1/messages", body).status == 200
 
 
 @pytest.mark.parametrize(

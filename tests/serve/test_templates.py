@@ -91,8 +91,8 @@ def test_an_answer_that_has_begun_goes_on(server: Server) -> None:
 
 
 def test_a_request_brings_no_template(server: Server) -> None:
-    refused(server.post(CHATS[0], BODY | {"chat_template": "{{ 1 }}"}), "chat_template")
-    assert prompt(server, [USER], chat_template="{{ 1 }}") == prompt(server, [USER])
+    for path in (CHATS[0], "/apply-template"):
+        refused(server.post(path, BODY | {"chat_template": "{{ 1 }}"}), "chat_template")
     same = prompt(server, [USER], chat_template_kwargs={"chat_template": "{{ 1 }}"})
     assert same == prompt(server, [USER])
 

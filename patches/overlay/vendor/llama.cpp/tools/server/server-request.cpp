@@ -43,6 +43,7 @@ const number NUMBERS[] = {
     { "top_k",                -1.0,      MAX_INT, true  },
     { "max_tokens",           -1.0,      MAX_INT, true  },
     { "max_completion_tokens", 1.0,      MAX_INT, true  },
+    { "max_output_tokens",     1.0,      MAX_INT, true  },
     { "n",                     1.0,      MAX_INT, true  },
     { "best_of",               1.0,      1.0,     true  },
     { "top_logprobs",          0.0,      1000.0,  true  },
@@ -239,6 +240,58 @@ void check_response_format(const json & body) {
     }
 }
 
+// whether `name` is absent or one of these
+void check_type(const json & body, const char * name, bool fits, const char * expected) {
+    if (has(body, name) && !fits) {
+        refuse(name, expected, body.at(name));
+    }
+}
+
+void check_object(const json & body, const char * name) {
+    check_type(body, name, body.value(name, json()).is_object(), "an object");
+}
+
+// the elements of the list `name`, which may be a text instead or absent, are objects
+void check_objects(const json & body, const char * name) {
+    const json list = body.value(name, json());
+    check_type(body, name, list.is_array() || list.is_string(), "a text or a list of objects");
+    for (size_t i = 0; list.is_array() && i < list.size(); ++i) {
+        if (!list.at(i).is_object()) {
+            refuse(std::string(name) + "[" + std::to_string(i) + "]", "an object", list.at(i));
+        }
+    }
+}
+
+// each turn of a conversation has a list of parts, or a text, as its `content`
+template <typename F>
+void check_turns(const json & body, const char * name, F check_turn) {
+    check_objects(body, name);
+    const json turns = body.value(name, json());
+    for (size_t i = 0; turns.is_array() && i < turns.size(); ++i) {
+        const std::string where = std::string(name) + "[" + std::to_string(i) + "]";
+        check_turn(where, turns.at(i));
+        const json content = turns.at(i).value("content", json());
+        for (size_t j = 0; content.is_array() && j < content.size(); ++j) {
+            if (!content.at(j).is_object()) {
+                refuse(where + ".content[" + std::to_string(j) + "]", "an object", content.at(j));
+            }
+        }
+    }
+    if (turns.empty()) {
+        refuse(name, "at least one message");
+    }
+}
+
+void check_role(const std::string & where, const json & turn, const std::set<std::string> & roles) {
+    if (!turn.value("role", json()).is_string() || !roles.count(turn.at("role"))) {
+        refuse(where + ".role", "one of " + string_join({ roles.begin(), roles.end() }, ", "), turn.value("role", json()));
+    }
+    const json content = turn.value("content", json());
+    if (!content.is_string() && !content.is_array()) {
+        refuse(where + ".content", "a text or a list of parts", content);
+    }
+}
+
 } // namespace
 
 void server_check_chat_request(json & body, int32_t n_vocab) {
@@ -262,4 +315,41 @@ void server_check_completion_request(const json & body, int32_t n_vocab) {
     if (json_value(body, "echo", false)) {
         refuse("echo", "false: the probabilities of a prompt are not computed");
     }
+}
+
+void server_check_responses_request(const json & body) {
+    if (!body.is_object()) {
+        throw std::invalid_argument("expected a JSON object as the body of the request");
+    }
+    check_numbers(body);
+    check_type(body, "instructions", body.value("instructions", json()).is_string(), "a text");
+    check_object(body, "text");
+    check_object(body, "reasoning");
+    check_objects(body, "tools");
+    check_turns(body, "input", [](const std::string & where, const json & item) {
+        if (!item.contains("type") || item.at("type") == "message") {
+            check_role(where, item, { "assistant", "developer", "system", "user" });
+        }
+    });
+}
+
+void server_check_anthropic_request(const json & body) {
+    if (!body.is_object()) {
+        throw std::invalid_argument("expected a JSON object as the body of the request");
+    }
+    check_numbers(body);
+    check_objects(body, "system");
+    check_object(body, "tool_choice");
+    const json tools = body.value("tools", json());
+    check_type(body, "tools", tools.is_array(), "a list of objects");
+    check_objects(body, "tools");
+    check_turns(body, "messages", [](const std::string & where, const json & message) {
+        check_role(where, message, { "assistant", "user" });
+        for (const json & part : message.at("content").is_array() ? message.at("content") : json::array()) {
+            const std::string type = part.is_object() ? json_value(part, "type", std::string()) : "";
+            if (type == "image" || type == "document") {
+                refuse(where, "text: this model reads nothing else, and got a part of type '" + type + "'");
+            }
+        }
+    });
 }

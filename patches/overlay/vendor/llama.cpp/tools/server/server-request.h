@@ -9,5 +9,10 @@
 // POST /v1/chat/completions; messages of the role "developer" become "system", which templates know
 void server_check_chat_request(json & body, int32_t n_vocab);
 
+// POST /v1/responses and /v1/messages, before they become requests for chat, which are then checked as above: what their
+// conversion takes for granted
+void server_check_responses_request(const json & body);
+void server_check_anthropic_request(const json & body);
+
 // POST /v1/completions
 void server_check_completion_request(const json & body, int32_t n_vocab);
