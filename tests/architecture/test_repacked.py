@@ -15,7 +15,7 @@ from support.samples import TOKENS, Sample
 ROUNDING = 1e-3
 
 
-@pytest.mark.parametrize("outtype", ["q4_0", "q4_k_s", "iq4_nl", "q8_0"])
+@pytest.mark.parametrize("outtype", ["q4_0", "q4_k_s", "iq4_nl", "q5_0", "q8_0", "mxfp4_moe"])
 @pytest.mark.parametrize("experts", [8, 3])
 def test_prompts_and_single_tokens(
     sample: Callable[..., Sample], outtype: str, experts: int

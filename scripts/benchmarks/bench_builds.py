@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Two builds of the libraries against each other: prompts, decoding and memory, in turn.
+
+    scripts/benchmarks/bench_builds.py BEFORE AFTER MODEL.gguf... [--prompt 512] [--rounds 5]
+
+BEFORE and AFTER are folders with libllama.so and its fellows, of the same llama.cpp release: the
+`llama_cpp/lib` of an installed package, or the `bin` of a build. Every round runs `megrez-gguf
+bench` once with each, the order turning about, so that a machine whose speed drifts slows both. A
+row is a model: the medians, and the median of the rounds' ratios with its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+
+
+def bench(model: Path, libraries: Path, options: list[str]) -> dict[str, float]:
+    """Tokens a second in the prompt and after it, and resident bytes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megrez_cli", "bench", str(model), "--json", "--ram", "off",
+         "--repeats", "1", *options],
+        env=os.environ | {"LLAMA_CPP_LIB_PATH": str(libraries.resolve(strict=True))},
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
+    rates = {name: found[name]["rates"][0] for name in ("prompt", "decode")}
+    return rates | {"resident": found["resident"]}
+
+
+def ratio(before: list[float], after: list[float]) -> str:
+    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    options = [f"--{name}={getattr(args, name)}" for name in ("prompt", "tokens", "threads")]
+    builds = (args.before, args.after)
+    print("| model | prompt | after | ratio | decode | after | ratio | resident | after |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for model in args.models:
+        runs: dict[Path, list[dict[str, float]]] = {build: [] for build in builds}
+        for number in range(args.rounds):
+            for build in builds[:: 1 if number % 2 else -1]:
+                runs[build].append(bench(model, build, options))
+        cells = [model.stem]
+        for name in ("prompt", "decode"):
+            before, after = ([run[name] for run in runs[build]] for build in builds)
+            cells += [f"{statistics.median(rates):.1f}" for rates in (before, after)]
+            cells.append(ratio(before, after))
+        for build in builds:
+            resident = statistics.median(run["resident"] for run in runs[build])
+            cells.append(f"{resident / MIB:.0f} MiB")
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
