@@ -62,9 +62,11 @@ static bool test(ggml_backend_t backend, ggml_backend_buffer_type_t buft, ggml_t
         ggml_backend_tensor_set(w, quants.data(), 0, quants.size());
 
         std::vector<float> in(ggml_nelements(x));
+        const size_t block = std::max<size_t>(ggml_blck_size(type), 32);
         for (size_t i = 0; i < in.size(); ++i) {
-            const float scale = std::ldexp(1.0f, (int) (i/32 % 9) - 4);
-            in[i] = scale*(i % 32 == i/32 % 32 ? (i/32 % 2 ? 127 : -127) : (int) (rng() % 255) - 127);
+            const size_t n     = i/block;
+            const float  scale = std::ldexp(1.0f, (int) (n % 9) - 4);
+            in[i] = scale*(i % block == n % block ? (n % 2 ? 127 : -127) : (int) (rng() % 255) - 127);
         }
         ggml_backend_tensor_set(x, in.data(), 0, ggml_nbytes(x));
 
@@ -128,11 +130,11 @@ int main() {
     bool ok = true;
     for (const int n_threads : { 1, 3 }) {
         ggml_backend_cpu_set_n_threads(backend, n_threads);
-        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 }) {
+        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4, GGML_TYPE_Q4_K }) {
             int n = 0;
             for (const int64_t n_out : { 8, 24, 1408 }) {
-                for (const int64_t n_in : { 32, 1408, 10944 }) {
-                    if (n_out*n_in > 300000) {
+                for (const int64_t n_in : { 32, 256, 1408, 2048, 10944 }) {
+                    if (n_out*n_in > 100000 || n_in % ggml_blck_size(type)) {
                         continue;
                     }
                     for (const int64_t n_tokens : { 1, 2, 4, 7, 29 }) {

@@ -1,0 +1,272 @@
+#pragma once
+
+// Products of 8 interleaved rows of Q4_K with fours of rows of Q8_K, for AVX2 and what came after it, on the plan of
+// repack-b32.h: weights stay as they lie in memory, and 8 bytes of activations are repeated beside them. The products
+// of a sub-block fit 16 bits, so multiplying by its scale adds lanes in pairs as well. A block's sums are integers
+// until its end.
+
+#include "repack-b32.h"
+
+#if defined(REPACK_B32)
+
+namespace repack_q4k {
+
+using repack_b32::load_256;
+using repack_b32::repeat_256;
+
+constexpr int N_SUB = 8;
+
+// The scales and the mins of 8 rows, by sub-block.
+struct scales_and_mins {
+    uint8_t scales[N_SUB][8];
+    uint8_t mins[N_SUB][8];
+
+    explicit scales_and_mins(const block_q4_Kx8 & b) {
+        for (int sub = 0; sub < N_SUB; ++sub) {
+            uint32_t packed[3];
+            memcpy(packed, b.scales + 12*sub, sizeof(packed));
+            const uint32_t out[4] = {
+                packed[0] & 0x3f3f3f3f, (packed[2]        & 0x0f0f0f0f) | ((packed[0] >> 2) & 0x30303030),
+                packed[1] & 0x3f3f3f3f, ((packed[2] >> 4) & 0x0f0f0f0f) | ((packed[1] >> 2) & 0x30303030),
+            };
+            memcpy(scales[sub], out, 8);
+            memcpy(mins[sub], out + 2, 8);
+        }
+    }
+};
+
+// Sums of 32 activations of four rows, two in the lane of (row, pair of sub-blocks).
+struct sums_of_activations {
+    alignas(32) int32_t pairs[16];
+
+    explicit sums_of_activations(const block_q8_Kx4 & a) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        for (int i = 0; i < 2; ++i) {
+            const __m256i first  = _mm256_madd_epi16(load_256(a.bsums + 32*i),      ones);
+            const __m256i second = _mm256_madd_epi16(load_256(a.bsums + 32*i + 16), ones);
+            _mm256_store_si256((__m256i *) pairs + i, _mm256_packs_epi32(first, second));
+        }
+    }
+
+    int32_t operator()(int row, int pair) const {
+        return pairs[pair/2*8 + row/2*4 + pair%2*2 + row%2];
+    }
+};
+
+// A tile of 8 columns of the result.
+struct tile_256 {
+    using vector = __m256;
+    struct sums { __m256i v[2]; }; // of four columns each, two lanes a column
+
+    const block_q4_Kx8 * b;
+    // the columns in the order in which pairs of lanes are added
+    const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+
+    __m256i w[2][4];
+    __m256i scale[2];
+    __m256i mins[N_SUB/2]; // a pair of sub-blocks a lane
+    __m256  d, dmin;
+    uint8_t scales[N_SUB][8];
+
+    tile_256(const block_q4_Kx8 * b, int64_t /* nb */) : b(b) {}
+
+    void load(int64_t i) {
+        const scales_and_mins found(b[i]);
+        memcpy(scales, found.scales, sizeof(scales));
+        for (int pair = 0; pair < N_SUB/2; ++pair) {
+            const __m128i even = _mm_loadl_epi64((const __m128i *) found.mins[2*pair]);
+            const __m128i odd  = _mm_loadl_epi64((const __m128i *) found.mins[2*pair + 1]);
+            const __m256i both = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd));
+            mins[pair] = _mm256_permutevar8x32_epi32(both, order);
+        }
+        d    = _mm256_permutevar8x32_ps(repack_b32::scales_256(b[i].d),    order);
+        dmin = _mm256_permutevar8x32_ps(repack_b32::scales_256(b[i].dmin), order);
+    }
+
+    void load(int64_t i, int sub) {
+        const __m256i low = _mm256_set1_epi8(0x0f);
+        const __m256i all = repeat_256(scales[sub]);
+        for (int g = 0; g < 2; ++g) {
+            for (int k = 0; k < 4; ++k) {
+                const __m256i raw = load_256(b[i].qs + 256*(sub/2) + 64*k + 32*g);
+                w[g][k] = _mm256_and_si256(sub % 2 ? _mm256_srli_epi16(raw, 4) : raw, low);
+            }
+            // each column's four times, 16 bits wide
+            const int64_t c = 4*g;
+            const __m256i which = _mm256_add_epi8(_mm256_set1_epi8((char) c), _mm256_setr_epi64x(
+                (int64_t) 0x8000800080008000, (int64_t) 0x8001800180018001,
+                (int64_t) 0x8002800280028002, (int64_t) 0x8003800380038003));
+            scale[g] = _mm256_shuffle_epi8(all, which);
+        }
+    }
+
+    static sums no_sums() { return { { _mm256_setzero_si256(), _mm256_setzero_si256() } }; }
+
+    void add(sums & s, const int8_t * qs) const {
+        const __m256i a[4] = { repeat_256(qs), repeat_256(qs + 32), repeat_256(qs + 64), repeat_256(qs + 96) };
+        for (int g = 0; g < 2; ++g) {
+            const __m256i p01 = _mm256_add_epi16(_mm256_maddubs_epi16(w[g][0], a[0]), _mm256_maddubs_epi16(w[g][1], a[1]));
+            const __m256i p23 = _mm256_add_epi16(_mm256_maddubs_epi16(w[g][2], a[2]), _mm256_maddubs_epi16(w[g][3], a[3]));
+            s.v[g] = _mm256_add_epi32(s.v[g], _mm256_madd_epi16(_mm256_add_epi16(p01, p23), scale[g]));
+        }
+    }
+
+    void finish(__m256 & acc, const sums & s, const sums_of_activations & of, int row, float d_row) const {
+        __m256i less = _mm256_setzero_si256();
+        for (int pair = 0; pair < N_SUB/2; ++pair) {
+            less = _mm256_add_epi32(less, _mm256_madd_epi16(mins[pair], _mm256_set1_epi32(of(row, pair))));
+        }
+        const __m256 scale_row = _mm256_set1_ps(d_row);
+        acc = _mm256_fmadd_ps (_mm256_cvtepi32_ps(_mm256_hadd_epi32(s.v[0], s.v[1])), _mm256_mul_ps(d, scale_row), acc);
+        acc = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(less), _mm256_mul_ps(dmin, scale_row), acc);
+    }
+
+    static vector zero() { return _mm256_setzero_ps(); }
+    void store(float * s, __m256 acc) const { _mm256_storeu_ps(s, _mm256_permutevar8x32_ps(acc, order)); }
+};
+
+#if defined(REPACK_B32_512)
+// 16 columns
+struct tile_512 {
+    using vector = __m512;
+    using sums   = __m512i;
+
+    const block_q4_Kx8 * b[2];
+    // the columns in the order in which packing puts them, and back
+    const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i back  = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+
+    __m512i w[2][4];
+    __m512i scale;
+    __m512i scales[N_SUB]; // 16 bits wide, twice a lane
+    __m512i mins[N_SUB/2]; // a pair of sub-blocks a lane
+    __m512  d, dmin;
+
+    tile_512(const block_q4_Kx8 * b, int64_t nb) : b{ b, b + nb } {}
+
+    __m512i ordered(const uint8_t * first, const uint8_t * second) const {
+        const __m128i all = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) first), _mm_loadl_epi64((const __m128i *) second));
+        return _mm512_permutexvar_epi32(order, _mm512_cvtepu8_epi32(all));
+    }
+
+    static __m512 scales_512(const ggml_half * first, const ggml_half * second) {
+        return _mm512_insertf32x8(_mm512_castps256_ps512(repack_b32::scales_256(first)), repack_b32::scales_256(second), 1);
+    }
+
+    void load(int64_t i) {
+        const scales_and_mins first(b[0][i]), second(b[1][i]);
+        for (int sub = 0; sub < N_SUB; ++sub) {
+            const __m512i v = ordered(first.scales[sub], second.scales[sub]);
+            scales[sub] = _mm512_or_si512(v, _mm512_slli_epi32(v, 16));
+        }
+        for (int pair = 0; pair < N_SUB/2; ++pair) {
+            const __m512i even = ordered(first.mins[2*pair],     second.mins[2*pair]);
+            const __m512i odd  = ordered(first.mins[2*pair + 1], second.mins[2*pair + 1]);
+            mins[pair] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+        }
+        d    = _mm512_permutexvar_ps(order, scales_512(b[0][i].d,    b[1][i].d));
+        dmin = _mm512_permutexvar_ps(order, scales_512(b[0][i].dmin, b[1][i].dmin));
+    }
+
+    void load(int64_t i, int sub) {
+        const __m512i low = _mm512_set1_epi8(0x0f);
+        for (int g = 0; g < 2; ++g) {
+            for (int k = 0; k < 4; ++k) {
+                const __m512i raw = _mm512_loadu_si512(b[g][i].qs + 256*(sub/2) + 64*k);
+                w[g][k] = _mm512_and_si512(sub % 2 ? _mm512_srli_epi16(raw, 4) : raw, low);
+            }
+        }
+        scale = scales[sub];
+    }
+
+    static sums no_sums() { return _mm512_setzero_si512(); }
+
+    void add(sums & s, const int8_t * qs) const {
+        __m512i sums_0 = _mm512_setzero_si512();
+        __m512i sums_1 = _mm512_setzero_si512();
+        for (int k = 0; k < 4; ++k) {
+            int64_t bytes;
+            memcpy(&bytes, qs + 32*k, sizeof(bytes));
+            const __m512i a = _mm512_set1_epi64(bytes);
+            sums_0 = _mm512_dpbusd_epi32(sums_0, w[0][k], a);
+            sums_1 = _mm512_dpbusd_epi32(sums_1, w[1][k], a);
+        }
+        s = _mm512_add_epi32(s, _mm512_madd_epi16(_mm512_packs_epi32(sums_0, sums_1), scale));
+    }
+
+    void finish(__m512 & acc, const sums & s, const sums_of_activations & of, int row, float d_row) const {
+        __m512i less = _mm512_setzero_si512();
+        for (int pair = 0; pair < N_SUB/2; ++pair) {
+            less = _mm512_add_epi32(less, _mm512_madd_epi16(mins[pair], _mm512_set1_epi32(of(row, pair))));
+        }
+        const __m512 scale_row = _mm512_set1_ps(d_row);
+        acc = _mm512_fmadd_ps (_mm512_cvtepi32_ps(s),    _mm512_mul_ps(d,    scale_row), acc);
+        acc = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(less), _mm512_mul_ps(dmin, scale_row), acc);
+    }
+
+    static vector zero() { return _mm512_setzero_ps(); }
+    void store(float * s, __m512 acc) const { _mm512_storeu_ps(s, _mm512_permutexvar_ps(back, acc)); }
+};
+#endif
+
+// Q fours of rows from `a` on, the columns of one tile; `s` is where their results begin, `bs` floats apart
+template <int Q, typename tile_type>
+static inline void multiply(tile_type tile, const block_q8_Kx4 * a, int64_t nb, float * s, size_t bs) {
+    typename tile_type::vector acc[4*Q];
+    for (auto & v : acc) {
+        v = tile_type::zero();
+    }
+    for (int64_t i = 0; i < nb; ++i) {
+        typename tile_type::sums sums[4*Q];
+        for (auto & v : sums) {
+            v = tile_type::no_sums();
+        }
+        tile.load(i);
+        for (int sub = 0; sub < N_SUB; ++sub) {
+            tile.load(i, sub);
+            for (int q = 0; q < Q; ++q) {
+                for (int r = 0; r < 4; ++r) {
+                    tile.add(sums[4*q + r], a[q*nb + i].qs + 128*sub + 8*r);
+                }
+            }
+        }
+        for (int q = 0; q < Q; ++q) {
+            const sums_of_activations of(a[q*nb + i]);
+            for (int r = 0; r < 4; ++r) {
+                tile.finish(acc[4*q + r], sums[4*q + r], of, r, a[q*nb + i].d[r]);
+            }
+        }
+    }
+    for (int r = 0; r < 4*Q; ++r) {
+        tile.store(s + r*bs, acc[r]);
+    }
+}
+
+// The parameters are those of ggml_gemm_q4_K_8x8_q8_K.
+static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc) {
+    const int64_t nb = n / QK_K;
+    const auto * b = (const block_q4_Kx8 *) vx;
+    const auto * a = (const block_q8_Kx4 *) vy;
+    int64_t y = 0;
+    const auto rows = [&](auto n_fours) {
+        constexpr int Q = decltype(n_fours)::value;
+        for (; y + Q <= nr / 4; y += Q) {
+            int64_t x = 0;
+#if defined(REPACK_B32_512)
+            for (; x + 2 <= nc / 8; x += 2) {
+                multiply<Q>(tile_512(b + x*nb, nb), a + y*nb, nb, s + 4*y*bs + 8*x, bs);
+            }
+#endif
+            for (; x < nc / 8; ++x) {
+                multiply<Q>(tile_256(b + x*nb, nb), a + y*nb, nb, s + 4*y*bs + 8*x, bs);
+            }
+        }
+    };
+    rows(std::integral_constant<int, 4>());
+    rows(std::integral_constant<int, 2>());
+    rows(std::integral_constant<int, 1>());
+}
+
+} // namespace repack_q4k
+
+#endif
