@@ -332,9 +332,9 @@ static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, 
 }
 
 template <typename block_tx8>
-static void gemv(int n, float * s, const void * vx, const void * vy, int nc, __m128i values = _mm_setzero_si128()) {
+static void gemv(int n, float * s, const void * vx, const void * vy, int nc) {
     const int64_t nb = n / QK8_0;
-    for_tiles((const block_tx8 *) vx, nb, nc, values, [&](auto tile, int64_t x) {
+    for_tiles((const block_tx8 *) vx, nb, nc, _mm_setzero_si128(), [&](auto tile, int64_t x) {
         multiply<block_tx8>(tile, (const block_q8_0 *) vy, nb, s + x);
     });
 }
