@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -92,18 +93,6 @@ template <typename block_tx8> static inline __m256i start_of(const block_q8_0x4 
     return _mm256_sub_epi32(_mm256_setzero_si256(), dot_256(_mm256_setzero_si256(), w, v));
 }
 
-// the same of one row: its two lanes, repeated
-template <typename block_tx8> static inline __m256i start_of(const block_q8_0 & a) {
-    const __m256i b = _mm256_set1_epi8((char) bias<block_tx8>);
-    const __m256i z = _mm256_setzero_si256();
-    const __m256i w[4] = { b, z, z, z };
-    const __m256i v[4] = { load_256(a.qs), z, z, z };
-    __m256i sums = dot_256(z, w, v);
-    sums = _mm256_add_epi32(sums, _mm256_permute4x64_epi64(sums, _MM_SHUFFLE(1, 0, 3, 2)));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, _MM_SHUFFLE(1, 0, 3, 2)));
-    return _mm256_sub_epi32(z, sums);
-}
-
 static inline __m256 scales_256(const ggml_half * d) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) d));
 }
@@ -121,13 +110,17 @@ template <>                          inline __m256 scales_256(const block_mxfp4x
 
 // The unsigned weights of half of the rows or of all, 8 of each in turn: w[0] the first 8, w[1] the next.
 
-template <typename block_tx8> static inline void decode(const block_tx8 & b, int half, __m256i lut, __m256i w[4]) {
+static inline void look_up(const uint8_t * qs, int half, __m256i lut, __m256i w[4]) {
     const __m256i low = _mm256_set1_epi8(0x0f);
     for (int i = 0; i < 2; ++i) {
-        const __m256i raw = load_256(b.qs + 64*i + 32*half);
+        const __m256i raw = load_256(qs + 64*i + 32*half);
         w[i]     = _mm256_shuffle_epi8(lut, _mm256_and_si256(raw, low));
         w[i + 2] = _mm256_shuffle_epi8(lut, _mm256_and_si256(_mm256_srli_epi16(raw, 4), low));
     }
+}
+
+template <typename block_tx8> static inline void decode(const block_tx8 & b, int half, __m256i lut, __m256i w[4]) {
+    look_up((const uint8_t *) b.qs, half, lut, w);
 }
 
 template <> inline void decode(const block_q5_0x8 & b, int half, __m256i, __m256i w[4]) {
@@ -155,12 +148,28 @@ template <> inline void decode(const block_q8_0x8 & b, int half, __m256i, __m256
 }
 
 #if defined(REPACK_B32_512)
-template <typename block_tx8> static inline void decode(const block_tx8 & b, __m512i lut, __m512i w[4]) {
+static inline void look_up(const uint8_t * qs, __m512i lut, __m512i w[4]) {
     const __m512i low = _mm512_set1_epi8(0x0f);
     for (int i = 0; i < 2; ++i) {
-        const __m512i raw = _mm512_loadu_si512(b.qs + 64*i);
+        const __m512i raw = _mm512_loadu_si512(qs + 64*i);
         w[i]     = _mm512_shuffle_epi8(lut, _mm512_and_si512(raw, low));
         w[i + 2] = _mm512_shuffle_epi8(lut, _mm512_and_si512(_mm512_srli_epi16(raw, 4), low));
+    }
+}
+
+template <typename block_tx8> static inline void decode(const block_tx8 & b, __m512i lut, __m512i w[4]) {
+    look_up((const uint8_t *) b.qs, lut, w);
+}
+
+template <> inline void decode(const block_q4_0x8 & b, __m512i, __m512i w[4]) {
+    // (x & 0x0f) ^ 0x08
+    const auto low = [](__m512i x) {
+        return _mm512_ternarylogic_epi32(x, _mm512_set1_epi8(0x0f), _mm512_set1_epi8(0x08), 0x6a);
+    };
+    for (int i = 0; i < 2; ++i) {
+        const __m512i raw = _mm512_loadu_si512(b.qs + 64*i);
+        w[i]     = low(raw);
+        w[i + 2] = low(_mm512_srli_epi16(raw, 4));
     }
 }
 
@@ -257,6 +266,43 @@ template <typename block_tx8> struct tile_512 {
     static vector zero() { return _mm512_setzero_ps(); }
     void store(float * s, __m512 acc) const { _mm512_storeu_ps(s, acc); }
 };
+
+// 8 columns, one after the other in memory
+template <typename block_tx8> struct tile_512_row {
+    const block_tx8 * b;
+    __m512i lut;
+
+    __m512i w[4];
+    __m256  scales;
+
+    tile_512_row(const block_tx8 * b, int64_t /* nb */, __m128i values) :
+        b(b), lut(_mm512_broadcast_i32x4(_mm_add_epi8(values, _mm_set1_epi8((char) bias<block_tx8>)))) {}
+
+    void load(int64_t i) {
+        decode(b[i], lut, w);
+        scales = scales_256(b[i]);
+    }
+
+    void add(__m256 & acc, const int8_t * qs, int stride, const int32_t start[2], float d) const {
+        int64_t bytes;
+        memcpy(&bytes, start, sizeof(bytes));
+        __m512i sums = _mm512_set1_epi64(bytes);
+        for (int i = 0; i < 4; ++i) {
+            memcpy(&bytes, qs + i*stride, sizeof(bytes));
+            sums = _mm512_dpbusd_epi32(sums, w[i], _mm512_set1_epi64(bytes));
+        }
+        sums = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
+        acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm512_cvtepi64_epi32(sums)), _mm256_mul_ps(scales, _mm256_set1_ps(d)), acc);
+    }
+
+    using vector = __m256;
+    static vector zero() { return _mm256_setzero_ps(); }
+    void store(float * s, __m256 acc) const { _mm256_storeu_ps(s, acc); }
+};
+
+template <typename block_tx8> using row_tile = tile_512_row<block_tx8>;
+#else
+template <typename block_tx8> using row_tile = tile_256<block_tx8>;
 #endif
 
 // Q fours of rows from `a` on, the columns of one tile; `s` is where their results begin, `bs` floats apart
@@ -282,19 +328,6 @@ static inline void multiply(tile_type tile, const block_q8_0x4 * a, int64_t nb, 
     for (int r = 0; r < 4*Q; ++r) {
         tile.store(s + r*bs, acc[r]);
     }
-}
-
-// one row
-template <typename block_tx8, typename tile_type>
-static inline void multiply(tile_type tile, const block_q8_0 * a, int64_t nb, float * s) {
-    auto acc = tile_type::zero();
-    for (int64_t i = 0; i < nb; ++i) {
-        tile.load(i);
-        alignas(32) int32_t start[8];
-        _mm256_store_si256((__m256i *) start, start_of<block_tx8>(a[i]));
-        tile.add(acc, a[i].qs, 8, start, GGML_CPU_FP16_TO_FP32(a[i].d));
-    }
-    tile.store(s, acc);
 }
 
 // f(tile, column) for all tiles of `nc` columns
@@ -331,12 +364,43 @@ static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, 
     rows(std::integral_constant<int, 1>());
 }
 
+// One row. Its weights are read once, and memory gives them no faster than they are multiplied: what can be known of the
+// activations alone is found first, and 8 columns follow 8 in memory.
+struct activations {
+    int32_t start[2]; // of the block's sums
+    float   d;
+};
+
 template <typename block_tx8>
-static void gemv(int n, float * s, const void * vx, const void * vy, int nc) {
+static activations * prepare(const block_q8_0 * a, int64_t nb) {
+    static thread_local std::vector<activations> ret;
+    ret.resize(nb);
+    for (int64_t i = 0; i < nb; ++i) {
+        int32_t sum = 0;
+        for (const int8_t q : a[i].qs) {
+            sum += q;
+        }
+        ret[i] = { { -bias<block_tx8>*sum, 0 }, GGML_CPU_FP16_TO_FP32(a[i].d) };
+    }
+    return ret.data();
+}
+
+template <typename block_tx8>
+static void gemv(int n, float * s, const void * vx, const void * vy, int nc, __m128i values = _mm_setzero_si128()) {
     const int64_t nb = n / QK8_0;
-    for_tiles((const block_tx8 *) vx, nb, nc, _mm_setzero_si128(), [&](auto tile, int64_t x) {
-        multiply<block_tx8>(tile, (const block_q8_0 *) vy, nb, s + x);
-    });
+    const auto * b = (const block_tx8  *) vx;
+    const auto * a = (const block_q8_0 *) vy;
+    const activations * prepared = prepare<block_tx8>(a, nb);
+
+    for (int64_t x = 0; x < nc / 8; ++x, b += nb) {
+        row_tile<block_tx8> tile(b, nb, values);
+        auto acc = tile.zero();
+        for (int64_t i = 0; i < nb; ++i) {
+            tile.load(i);
+            tile.add(acc, a[i].qs, 8, prepared[i].start, prepared[i].d);
+        }
+        tile.store(s + 8*x, acc);
+    }
 }
 
 // Blocks of 8 rows that lie `stride` blocks apart, interleaved.
