@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -124,6 +124,17 @@ def parity(
             help="JSON with bounds of your own.  [default: the pocket checkpoint's]",
         ),
     ] = None,
+    expert_cache: options.ExpertCache = None,
+    expert_margin: Annotated[
+        Any,
+        typer.Option(
+            "--expert-margin",
+            parser=options.margins,
+            metavar="NUMBERS",
+            help="With --expert-cache: run each file once more with each of these, e.g. "
+            "0,0.02,0.05, as `chat --expert-margin` does.",
+        ),
+    ] = None,
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -157,6 +168,8 @@ def parity(
         cache=cache,
         imatrix=imatrix,
         thresholds=thresholds,
+        expert_cache=expert_cache,
+        expert_margins=expert_margin or (),
         revision=revision,
         command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
         say=console.say,

@@ -54,6 +54,17 @@ def size(text: str) -> int:
         raise typer.BadParameter(str(e)) from None
 
 
+def margins(text: str) -> list[float]:
+    """Margins for experts in memory, with commas between them."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= margin <= FLOAT for margin in found):
+        raise typer.BadParameter(f"{text!r}: expected numbers of 0 or more, with commas")
+    return found
+
+
 def said(prompt: str | None) -> str | None:
     """A prompt that says something, if there is one."""
     if prompt is not None and not prompt.strip():
@@ -127,5 +138,15 @@ ExpertCache = Annotated[
         parser=size,
         metavar="SIZE",
         help="Memory for the experts alone, e.g. 1GiB, in place of --ram.",
+    ),
+]
+ExpertMargin = Annotated[
+    float,
+    typer.Option(
+        "--expert-margin",
+        min=0.0,
+        max=FLOAT,
+        help="Where experts stay in the file: prefer one in memory to one whose router score is "
+        "higher by less than this. Faster, and another text; 0 is exact.",
     ),
 ]

@@ -77,6 +77,7 @@ def chat(
     gpu_layers: options.GpuLayers = -1,
     ram: options.Ram = "auto",
     expert_cache: options.ExpertCache = None,
+    expert_margin: options.ExpertMargin = 0.0,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show what the expert cache did, after each answer.")
     ] = False,
@@ -105,6 +106,7 @@ def chat(
         n_gpu_layers=gpu_layers,
         ram=ram,
         expert_cache=expert_cache,
+        expert_margin=expert_margin,
         verbose=verbose,
         say=console.say,
     )
@@ -133,6 +135,7 @@ def bench(
     threads: options.Threads = None,
     ram: options.Ram = "auto",
     expert_cache: options.ExpertCache = None,
+    expert_margin: options.ExpertMargin = 0.0,
     as_json: options.Json = False,
 ) -> None:
     """Time a model: tokens a second in the prompt and after it, and what the expert cache did.
@@ -154,6 +157,7 @@ def bench(
         n_threads=threads,
         ram=ram,
         expert_cache=expert_cache,
+        expert_margin=expert_margin,
         say=console.say,
     )
     if as_json:

@@ -58,8 +58,10 @@ def _failure(path: Path, doing: str) -> GGUFError:
 class Engine:
     """One GGUF file, loaded to give the logits of whole windows of at most `context` tokens.
 
-    With `expert_cache`, only so many bytes of experts are in memory at once. `n_threads` is all
-    CPUs this process may run on unless given. A context manager; the model is freed on leaving.
+    With `expert_cache`, only so many bytes of experts are in memory at once; `expert_margin` is as
+    for `expert_store.cache_override`. A window is evaluated in one batch, or with `batch_size` in
+    batches of so many tokens: 1 is how answers are. `n_threads` is all CPUs this process may run
+    on unless given. A context manager; the model is freed on leaving.
 
     Raises GGUFError when the file is missing or cannot be loaded, RuntimeUnavailableError when
     llama_cpp is missing or not the patched one, MegrezError for more threads than ggml can use.
@@ -71,9 +73,12 @@ class Engine:
         context: int,
         *,
         expert_cache: int | None = None,
+        expert_margin: float = 0.0,
+        batch_size: int | None = None,
         n_threads: int | None = None,
     ) -> None:
         self.path, self.context = path, context
+        self._batch_size = batch_size or context
         self._n_threads = thread_count(n_threads, _affinity())
         self._llama = llama = require_patched()
         self._context: Any = None
@@ -86,7 +91,7 @@ class Engine:
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
         if expert_cache is not None:
-            params.kv_overrides = cache_override(expert_cache)
+            params.kv_overrides = cache_override(expert_cache, expert_margin)
         log.install(llama)
         self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
@@ -103,7 +108,8 @@ class Engine:
     def _context_params(self) -> Any:
         llama = self._llama
         params = llama.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self.context
+        params.n_ctx = self.context
+        params.n_batch = params.n_ubatch = self._batch_size
         params.n_threads = params.n_threads_batch = self._n_threads
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k = params.type_v = llama.GGML_TYPE_F32
@@ -162,7 +168,7 @@ class Engine:
         Raises GGUFError when llama.cpp fails to decode, ValueError for more than `context` tokens
         or `first` beyond them.
         """
-        found: Nodes = {}
+        found: dict[tuple[str, int], list[NDArray[Any]]] = {}
         wanted = {step: name for name in capture for step in nodes.STEPS.get(name, (name,))}
 
         def watch(tensor: Tensor, ask: bool) -> bool:
@@ -175,17 +181,19 @@ class Engine:
                 x = x.reshape(-1, *rows)
                 if wanted[step] == "ffn_moe_weights":
                     x = x.reshape(len(x), -1)
-                found[wanted[step], layer] = x
+                found.setdefault((wanted[step], layer), []).append(x)
             return True
 
-        return Outputs(self.observe(tokens, first, watch if wanted else None), found)
+        logits = self.observe(tokens, first, watch if wanted else None)
+        joined = {key: np.concatenate(pieces) for key, pieces in found.items()}
+        return Outputs(logits, joined)
 
     def observe(
         self, tokens: NDArray[np.int32], first: int, watch: Watch | None
     ) -> NDArray[np.float32]:
-        """Logits `[S - first, V]` as `run` gives and raises; `watch` sees the graph evaluated.
+        """Logits `[S - first, V]` as `run` gives and raises; `watch` sees the graphs evaluated.
 
-        What `watch` raises ends the evaluation and is raised here.
+        There is one graph a batch. What `watch` raises ends the evaluation and is raised here.
         """
         llama, length = self._llama, len(tokens)
         if not 0 < length <= self.context:
@@ -197,21 +205,29 @@ class Engine:
         if not self._context:
             self._make_context()
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        batch = llama.llama_batch_init(length, 0, 1)
+        size = min(self._batch_size, length)
+        logits = np.empty((length - first, self.vocab_size), np.float32)
+        batch = llama.llama_batch_init(size, 0, 1)
         self._watch, self._error = watch, None
         try:
-            batch.n_tokens = length
-            for i, token in enumerate(tokens.tolist()):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, i, i >= first
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            status = llama.llama_decode(self._context, batch)
-            if self._error is not None:
-                raise self._error
-            if status != 0:
-                raise _failure(self.path, "decode with")
-            pointer = llama.llama_get_logits(self._context)
-            view = np.ctypeslib.as_array(pointer, shape=(length - first, self.vocab_size))
-            return view.astype(np.float32, copy=True)
+            for begin in range(0, length, size):
+                part = tokens[begin : begin + size].tolist()
+                batch.n_tokens = len(part)
+                for i, token in enumerate(part):
+                    at = begin + i
+                    batch.token[i], batch.pos[i], batch.logits[i] = token, at, at >= first
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                status = llama.llama_decode(self._context, batch)
+                if self._error is not None:
+                    raise self._error
+                if status != 0:
+                    raise _failure(self.path, "decode with")
+                end = begin + len(part)
+                if end > first:
+                    rows = logits[max(begin - first, 0) : end - first]
+                    pointer = llama.llama_get_logits(self._context)
+                    rows[:] = np.ctypeslib.as_array(pointer, shape=rows.shape)
+            return logits
         finally:
             self._watch = self._error = None
             llama.llama_batch_free(batch)

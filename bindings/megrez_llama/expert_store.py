@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CACHE_KEY = f"{ARCH}.expert_cache"
 """Override that asks for a store; int, bytes of memory for experts."""
+MARGIN_KEY = f"{CACHE_KEY}.margin"
+"""Override by which routers prefer experts in memory; float, of a router's scores."""
 COUNTS_KEY = f"{ARCH}.expert_counts"
 """Override that has each router's choices counted, for the server's GET /experts; bool."""
 
@@ -95,12 +97,18 @@ def _library() -> Any:
     return library
 
 
-def cache_override(nbytes: int) -> Any:
-    """For `llama_model_params.kv_overrides`: asks for a store with at most `nbytes` for experts."""
+def cache_override(nbytes: int, margin: float = 0.0) -> Any:
+    """For `llama_model_params.kv_overrides`: asks for a store with at most `nbytes` for experts.
+
+    With a `margin`, an expert in memory is chosen before one whose score is higher by less.
+    """
     llama_cpp = require_patched()
-    array = (llama_cpp.llama_model_kv_override * 2)()  # the second, empty, ends it
+    array = (llama_cpp.llama_model_kv_override * 3)()  # the third, empty, ends it
     array[0].key, array[0].tag = CACHE_KEY.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
     array[0].value.val_i64 = nbytes
+    if margin:
+        array[1].key, array[1].tag = MARGIN_KEY.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_FLOAT
+        array[1].value.val_f64 = margin
     return array
 
 

@@ -66,6 +66,8 @@ def measure(
     cache: Path | None = None,
     imatrix: Path | None = None,
     thresholds: Path | None = None,
+    expert_cache: int | None = None,
+    expert_margins: Sequence[float] = (),
     revision: str | None = None,
     command: str = "",
     say: Say = silent,
@@ -82,14 +84,20 @@ def measure(
     apply to what they were set on (`thresholds.Scope`). `command` is recorded, `say` is told what
     is being done.
 
-    Raises MegrezError: an unknown level, no text or one shorter than a window, a file of another
-    model or vocabulary, a cache of another reference, and whatever the conversion or llama.cpp
-    raise. A missed threshold is in the report, not raised.
+    With `expert_cache`, bytes of experts in memory, every file is run once more for each of
+    `expert_margins`, token by token as in an answer: what preferring experts in memory costs, and
+    what 0 does, which is exact. Such rows have no thresholds; `say` is told their speed.
+
+    Raises MegrezError: margins without a cache, an unknown level, no text or one shorter than a
+    window, a file of another model or vocabulary, a cache of another reference, and whatever the
+    conversion or llama.cpp raise. A missed threshold is in the report, not raised.
     """
     if not levels and not files:
         raise ConfigError("nothing to compare: give a level or a GGUF file")
     if n_ctx < 4 or n_windows < 1:
         raise ConfigError(f"{n_windows} windows of {n_ctx} tokens: expected at least 1 of 4")
+    if expert_margins and expert_cache is None:
+        raise ConfigError("expert margins need an expert cache: give its size")
     bounds = Thresholds.load(thresholds)
     source = Checkpoint.find(checkpoint, revision=revision, say=say)
     config, folder = source.config, source.folder
@@ -117,15 +125,22 @@ def measure(
         reference.run()
         judge = _Judge(config, folder, corpus, reference, scratch, trace)
         results = []
+
+        def add(name: str, kind: str, made: Made, making: float) -> None:
+            say(f"{name}: {len(tokens)} windows in llama.cpp")
+            results.append(judge.level(name, kind, made, making))
+            for margin in dict.fromkeys(expert_margins):
+                row = judge.level(f"{name}, margin {margin:g}", "", made, 0.0, expert_cache, margin)
+                rate = sum(map(len, tokens)) / row.seconds["forward"]
+                say(f"{row.level}: {rate:.1f} tok/s")
+                results.append(row)
+
         for file in dict.fromkeys(files):
-            say(f"{file}: {len(tokens)} windows in llama.cpp")
-            results.append(judge.level(str(file), level_of(file), Made(file, []), 0.0))
+            add(str(file), level_of(file), Made(file, []), 0.0)
         for level in dict.fromkeys(levels):
             begin = time.perf_counter()
             with maker.make(level) as made:
-                seconds = time.perf_counter() - begin
-                say(f"{level}: {len(tokens)} windows in llama.cpp")
-                results.append(judge.level(level, level, made, seconds))
+                add(level, level, made, time.perf_counter() - begin)
         run = Scope(weights, n_ctx, {text.sha256: text.windows for text in corpus.texts})
         if lacking := bounds.scope.lacks(run):
             say(
@@ -188,14 +203,32 @@ class _Judge:
         self._nodes: dict[str, list[Nodes]] = {}
         self._serial = count()
 
-    def level(self, name: str, kind: str, made: Made, making: float) -> LevelResult:
-        """What `made` computes, by every measure; thresholds and trace are left out."""
+    def level(
+        self,
+        name: str,
+        kind: str,
+        made: Made,
+        making: float,
+        expert_cache: int | None = None,
+        expert_margin: float = 0.0,
+    ) -> LevelResult:
+        """What `made` computes, by every measure; thresholds and trace are left out.
+
+        With an `expert_cache` token by token, as a margin concerns nothing else.
+        """
         corpus, windows = self._corpus, self._corpus.windows
         comparison = Comparison()
         routing = RoutingComparison(self._config, self._routers)
         seconds = {"make": making, "forward": 0.0, "compare": 0.0}
         kept = self._nodes.setdefault(name, [])
-        with Engine(made.path, len(windows[0].tokens), n_threads=available_cpus()) as engine:
+        with Engine(
+            made.path,
+            len(windows[0].tokens),
+            n_threads=available_cpus(),
+            expert_cache=expert_cache,
+            expert_margin=expert_margin,
+            batch_size=1 if expert_cache is not None else None,
+        ) as engine:
             tokenized = [engine.tokenize(content) for content in corpus.contents]
             agreement = corpus.agreement(tokenized, engine.bos)
             for i, window in enumerate(windows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def load(
     n_gpu_layers: int = -1,
     ram: int | str = "auto",
     expert_cache: int | str | None = None,
+    expert_margin: float = 0.0,
     verbose: bool = False,
     say: Callable[[str], None] | None = None,
     **options: Any,
@@ -63,16 +65,21 @@ def load(
     of the experts stays in the file and is read when a router names it: slower, and the same, bit
     for bit, at the same `n_ubatch`, which is chosen to suit. "auto" does so if the machine, or the
     process's cgroup, has too little memory free; "off" never. `expert_cache` gives a size for the
-    experts alone, in place of `ram`. Both mean computing on the CPU, and memory for the logits of
-    one token of a batch, which is what Llama asks for; `n_outputs_max`, an option, is for batches
-    made by hand. `say` is told what was chosen, if experts stay in the file.
+    experts alone, in place of `ram`. `expert_margin` trades the model's own words for speed: while
+    one token is decoded, a router prefers an expert in memory to one whose score is higher by less
+    than this (after arXiv 2412.00099); nothing changes where all are in memory. Both sizes mean
+    computing on the CPU, and memory for the logits of one token of a batch, which is what Llama
+    asks for; `n_outputs_max`, an option, is for batches made by hand. `say` is told what was
+    chosen, if experts stay in the file.
 
     Raises GGUFError: no such file, damaged, not a Megrez2 model, or refused by llama.cpp (with its
     reason). MemoryBudgetError: `ram` or `expert_cache` is too small; names the least. ContextError:
     no memory for the context. RuntimeUnavailableError: llama_cpp is missing or unpatched.
     MegrezError: more threads than ggml can use. TypeError: an option `llama_cpp.Llama` does not
-    have. ValueError: no size.
+    have. ValueError: no size, or no margin.
     """
+    if not 0 <= expert_margin < math.inf:
+        raise ValueError(f"expert_margin is {expert_margin}, expected 0 or more")
     path = Path(path)
     threads = thread_count(n_threads, available_cpus())
     file = open_checked(path)
@@ -87,6 +94,8 @@ def load(
     plan = _plan_store(file, path, n_ctx, ram, expert_cache, options.get("n_ubatch"), all_logits)
     if plan:
         overrides = {**(options.get("kv_overrides") or {}), expert_store.CACHE_KEY: plan.cache}
+        if expert_margin:
+            overrides[expert_store.MARGIN_KEY] = float(expert_margin)
         batches = {
             "n_ubatch": plan.n_ubatch,
             "n_batch": max(plan.n_ubatch, 512),

@@ -44,13 +44,15 @@ def stats(model: Model) -> Stats | None:
     return found if function(model.handle, ctypes.byref(found)) else None
 
 
-def overrides(**values: int | bool) -> Any:
+def overrides(**values: int | bool | float) -> Any:
     """Key-value overrides; `cache` is the expert cache, all others keys below it."""
     array = (C.llama_model_kv_override * (len(values) + 1))()
     for entry, (name, value) in zip(array, values.items(), strict=False):
         entry.key = (CACHE_KEY if name == "cache" else f"{CACHE_KEY}.{name}").encode()
         if isinstance(value, bool):
             entry.tag, entry.value.val_bool = C.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, float):
+            entry.tag, entry.value.val_f64 = C.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
         else:
             entry.tag, entry.value.val_i64 = C.LLAMA_KV_OVERRIDE_TYPE_INT, value
     return array
@@ -132,6 +134,48 @@ def test_bit_identical(sample: Callable[..., Sample], shape: str, outtype: str) 
         np.testing.assert_array_equal(store(path, slots), expected)
     np.testing.assert_array_equal(store(path, EXPERTS, direct=False), expected)
     np.testing.assert_array_equal(store(path, EXPERTS, threads=1), expected)
+
+
+@pytest.mark.parametrize("shape", ["as published", "no pre-gate", "groups of experts"])
+def test_a_margin_of_nothing_is_exact(sample: Callable[..., Sample], shape: str) -> None:
+    path = sample(**SHAPES[shape]).gguf
+    np.testing.assert_array_equal(store(path, EXPERTS, margin=0.0), plain(path))
+
+
+@pytest.mark.parametrize("shape", ["as published", "no pre-gate", "one pool"])
+def test_a_margin_spares_reads_of_single_tokens_only(
+    sample: Callable[..., Sample], shape: str
+) -> None:
+    path = sample(**SHAPES[shape]).gguf
+    half = len(TOKENS) // 2
+    found = {}
+    for margin in (0.0, 10.0):
+        with cached(path, EXPERTS, margin=margin) as context:
+            prompt = context.run(TOKENS[:half])
+            before = stats(context.model)
+            answer = np.stack([context.run([t], half + i)[0] for i, t in enumerate(TOKENS[half:])])
+            after = stats(context.model)
+        assert before is not None
+        assert after is not None
+        assert after.wasted == 0
+        found[margin] = prompt, answer, after.misses - before.misses
+    np.testing.assert_array_equal(found[0.0][0], found[10.0][0])
+    assert not np.array_equal(found[0.0][1], found[10.0][1])
+    assert found[10.0][2] < found[0.0][2] / 2
+
+
+@pytest.mark.parametrize(
+    ("margin", "message"),
+    [
+        (1, r"expert_cache\.margin' must be a number"),
+        (-0.1, r"expert_cache\.margin' is -0\.1, expected 0 or more"),
+        (float("nan"), r"expert_cache\.margin' is -?nan"),
+        (float("inf"), r"expert_cache\.margin' is inf"),
+    ],
+)
+def test_margins_that_are_none(tiny: Sample, margin: float, message: str) -> None:
+    with pytest.raises(LlamaError, match=message):
+        Model(tiny.gguf, kv_overrides=overrides(cache=1 << 40, margin=margin))
 
 
 @pytest.mark.parametrize("pre_gate", [True, False])

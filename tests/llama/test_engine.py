@@ -266,3 +266,32 @@ def test_the_layout_is_checked_before_use(monkeypatch: pytest.MonkeyPatch) -> No
     library.cache_clear()
     with pytest.raises(RuntimeUnavailableError, match="Reinstall the patched llama-cpp-python"):
         library()
+
+
+@pytest.mark.parametrize("size", [1, 7, 48])
+def test_batches_give_the_same(
+    pocket: Path, engine: Engine, tokens: NDArray[np.int32], size: int
+) -> None:
+    expected = engine.run(tokens, first=FIRST, capture=NAMES)
+    with Engine(pocket, CONTEXT, batch_size=size) as batched:
+        found = batched.run(tokens, first=FIRST, capture=NAMES)
+    assert nmse(expected.logits, found.logits) < 1e-9
+    assert expected.nodes.keys() == found.nodes.keys()
+    for key, node in expected.nodes.items():
+        assert nmse(node, found.nodes[key]) < 1e-9, key
+
+
+def test_a_margin_selects_and_does_not_weigh(pocket: Path, tokens: NDArray[np.int32]) -> None:
+    """Weights are those of the chosen experts' own scores, whatever was added to choose them."""
+    capture = {"ffn_moe_logits", "ffn_moe_topk", "ffn_moe_weights"}
+    cache = {"expert_cache": 1 << 20, "batch_size": 1}
+    with Engine(pocket, CONTEXT, expert_margin=0.3, **cache) as engine:
+        nodes = engine.run(tokens, capture=capture).nodes
+    with Engine(pocket, CONTEXT, **cache) as engine:
+        exact = engine.run(tokens, capture=capture).nodes
+    for layer in range(1, 7):
+        scores = 1 / (1 + np.exp(-nodes["ffn_moe_logits", layer].astype(np.float64)))
+        chosen = np.take_along_axis(scores, nodes["ffn_moe_topk", layer], axis=1)
+        expected = chosen / chosen.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(nodes["ffn_moe_weights", layer], expected, rtol=1e-5)
+    assert not np.array_equal(nodes["ffn_moe_topk", 1], exact["ffn_moe_topk", 1])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megrez_cli import main
 from megrez_gguf import convert
-from megrez_gguf.errors import CheckpointError, RuntimeUnavailableError
+from megrez_gguf.errors import CheckpointError, ConfigError, RuntimeUnavailableError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_llama.engine import Engine
 from megrez_parity import harness
@@ -166,6 +166,29 @@ def test_large_checkpoints_keep_their_reference(
         assert Path(report.reference.cache).parent == tmp_path / "cache/megrez-gguf/parity"
     other = measure(checkpoint, levels=["f32"], n_ctx=32, n_windows=1)
     assert other.reference.cache != report.reference.cache
+
+
+def test_what_a_margin_costs(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="expert margins need an expert cache"):
+        measure(checkpoint, levels=["f32"], expert_margins=[0.1])
+    report = measure(
+        checkpoint,
+        levels=["f32"],
+        n_ctx=64,
+        n_windows=1,
+        expert_cache=1 << 20,
+        expert_margins=[0, 10],
+    )
+    plain, exact, costly = report.levels
+    assert [row.level for row in report.levels] == ["f32", "f32, margin 0", "f32, margin 10"]
+    assert exact.metrics.nmse.value < 1e-9
+    assert costly.metrics.nmse.value > 1e3 * exact.metrics.nmse.value
+    assert costly.metrics.kld.value > exact.metrics.kld.value
+    assert plain.thresholds
+    assert not exact.thresholds
+    assert not costly.thresholds
+    assert all(layer.overlap.value == 1 for layer in exact.routing)
+    assert min(layer.overlap.value for layer in costly.routing) < 0.9
 
 
 def test_table_is_for_pipes_too(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,6 +334,15 @@ int llama_expert_store::n_slots() const {
     return limit;
 }
 
+std::vector<bool> llama_expert_store::holds(int step) const {
+    std::lock_guard<std::mutex> lock(mutex);
+    std::vector<bool> ret;
+    for (const int slot : pools[steps[step]].slot_of) {
+        ret.push_back(slot >= 0);
+    }
+    return ret;
+}
+
 llama_expert_store_stats llama_expert_store::stats() const {
     std::lock_guard<std::mutex> lock(mutex);
     llama_expert_store_stats ret = counts;

@@ -107,6 +107,9 @@ public:
     int      n_reserved() const { return (int) slots.size(); }
     uint64_t slot_bytes() const { return stride; }
 
+    // by expert of the step's pool: whether it is in memory, or on its way there
+    std::vector<bool> holds(int step) const;
+
     // use `bytes` of memory at most, up to params::max_bytes. Waits for experts in use. Returns false, and changes
     // nothing, if that is less than min_slots
     bool resize(uint64_t bytes, int min_slots = 2);

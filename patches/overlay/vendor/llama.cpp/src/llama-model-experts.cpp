@@ -6,6 +6,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -18,7 +19,8 @@ static const llama_model_kv_override * find_override(const llama_model_loader & 
     }
     if (it->second.tag != tag) {
         throw std::runtime_error(format("override '%s' must be %s", it->first.c_str(),
-                tag == LLAMA_KV_OVERRIDE_TYPE_INT ? "an integer" : "a boolean"));
+                tag == LLAMA_KV_OVERRIDE_TYPE_INT   ? "an integer" :
+                tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT ? "a number"   : "a boolean"));
     }
     return &it->second;
 }
@@ -49,6 +51,10 @@ std::shared_ptr<llama_model_experts> llama_model_experts::load(
     }
 
     const auto * direct_io = find_override(ml, "expert_cache.direct", LLAMA_KV_OVERRIDE_TYPE_BOOL);
+    const auto * margin    = find_override(ml, "expert_cache.margin", LLAMA_KV_OVERRIDE_TYPE_FLOAT);
+    if (margin && !(margin->val_f64 >= 0.0 && std::isfinite(margin->val_f64))) {
+        throw std::runtime_error(format("override '%s' is %g, expected 0 or more", margin->key, margin->val_f64));
+    }
 
     llama_expert_store::params params;
     params.n_expert        = hparams.n_expert;
@@ -94,7 +100,7 @@ std::shared_ptr<llama_model_experts> llama_model_experts::load(
         params.steps.push_back(pools.at(il));
     }
 
-    auto ret = std::make_shared<llama_model_experts>(params, std::move(steps));
+    auto ret = std::make_shared<llama_model_experts>(params, std::move(steps), margin ? (float) margin->val_f64 : 0.0f);
 
     for (const auto & [il, pool] : pools) {
         model.layers[il].ffn_gate_exps = ret->store.weights(pool, 0);
@@ -151,7 +157,7 @@ uint64_t llama_context_compute_bytes(const llama_context * ctx) {
 //
 
 llm_graph_input_experts::llm_graph_input_experts(const llama_model & model, int64_t n_tokens) :
-    experts(*model.experts), run(model.experts->store) {
+    experts(*model.experts), n_tokens(n_tokens), run(model.experts->store) {
     const auto & store = model.experts->store;
 
     const int64_t n_needed = n_experts_at_once(model.hparams, n_tokens);
@@ -171,8 +177,19 @@ static std::vector<int32_t> to_vector(const ggml_tensor * ids) {
     return ret;
 }
 
+ggml_tensor * llm_graph_input_experts::prefer(ggml_context * ctx, ggml_tensor * after, int il) {
+    const int64_t n_expert = after->ne[0];
+    return build(ctx, GGML_TYPE_F32, n_expert, 1, { after }, 1, il, [](ggml_tensor * dst, int ith, int, void * userdata) {
+        if (ith == 0) {
+            const auto * op = (const struct op *) userdata;
+            const auto held = op->experts->store.holds(op->step);
+            std::transform(held.begin(), held.end(), (float *) dst->data, [&](bool is_held) { return is_held ? op->experts->margin : 0.0f; });
+        }
+    });
+}
+
 ggml_tensor * llm_graph_input_experts::announce(ggml_context * ctx, ggml_tensor * ids, int il) {
-    return build(ctx, 1, 1, { ids }, 1, il, [](ggml_tensor * dst, int ith, int, void * userdata) {
+    return build(ctx, GGML_TYPE_I32, 1, 1, { ids }, 1, il, [](ggml_tensor * dst, int ith, int, void * userdata) {
         if (ith == 0) {
             const auto * op = (const struct op *) userdata;
             op->run->announce(op->step, to_vector(dst->src[0]));
@@ -181,7 +198,7 @@ ggml_tensor * llm_graph_input_experts::announce(ggml_context * ctx, ggml_tensor 
 }
 
 ggml_tensor * llm_graph_input_experts::acquire(ggml_context * ctx, ggml_tensor * ids, ggml_tensor * cur, int il) {
-    return build(ctx, ids->ne[0], ids->ne[1], { ids, cur }, GGML_N_TASKS_MAX, il, [](ggml_tensor * dst, int ith, int, void * userdata) {
+    return build(ctx, GGML_TYPE_I32, ids->ne[0], ids->ne[1], { ids, cur }, GGML_N_TASKS_MAX, il, [](ggml_tensor * dst, int ith, int, void * userdata) {
         const auto * op = (const struct op *) userdata;
         if (ith == 0) {
             const auto slots = op->run->acquire(op->step, to_vector(dst->src[0]));
@@ -192,9 +209,9 @@ ggml_tensor * llm_graph_input_experts::acquire(ggml_context * ctx, ggml_tensor *
     });
 }
 
-ggml_tensor * llm_graph_input_experts::build(ggml_context * ctx, int64_t ne0, int64_t ne1, std::vector<ggml_tensor *> args, int n_tasks, int il, ggml_custom_op_t fun) {
-    ops.push_back(std::make_unique<op>(op { &run, experts.steps.at(il) }));
-    return ggml_custom_4d(ctx, GGML_TYPE_I32, ne0, ne1, 1, 1, args.data(), (int) args.size(), fun, n_tasks, ops.back().get());
+ggml_tensor * llm_graph_input_experts::build(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1, std::vector<ggml_tensor *> args, int n_tasks, int il, ggml_custom_op_t fun) {
+    ops.push_back(std::make_unique<op>(op { &experts, &run, experts.steps.at(il) }));
+    return ggml_custom_4d(ctx, type, ne0, ne1, 1, 1, args.data(), (int) args.size(), fun, n_tasks, ops.back().get());
 }
 
 void llm_graph_input_experts::set_input(const llama_ubatch *) {

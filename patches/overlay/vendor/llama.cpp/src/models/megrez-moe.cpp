@@ -209,7 +209,13 @@ llama_model_megrez_moe::graph::graph(const llama_model_megrez_moe & model, const
         for (ggml_tensor * t = logits; !ggml_prec_set_acc(t, GGML_PREC_F32); t = t->src[0]) {} // under what adapters add
         cb(logits, "ffn_moe_logits", il);
 
-        const auto routing = build_moe_routing(h, nullptr, nullptr, layer.ffn_exp_probs_b, n_expert, n_used(il),
+        ggml_tensor * bias = layer.ffn_exp_probs_b;
+        if (inp_experts && inp_experts->has_margin()) {
+            ggml_tensor * preferred = inp_experts->prefer(ctx0, logits, il);
+            bias = bias ? ggml_add(ctx0, bias, preferred) : preferred;
+        }
+
+        const auto routing = build_moe_routing(h, nullptr, nullptr, bias, n_expert, n_used(il),
                 hparams.expert_weights_norm, hparams.expert_weights_scale, gating_func, il, logits);
 
         if (model.expert_counts) {
