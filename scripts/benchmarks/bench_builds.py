@@ -6,7 +6,9 @@
 BEFORE and AFTER are folders with libllama.so and its fellows, of the same llama.cpp release: the
 `llama_cpp/lib` of an installed package, or the `bin` of a build. Every round runs `megrez-gguf
 bench` once with each, the order turning about, so that a machine whose speed drifts slows both. A
-row is a model: the medians, and the median of the rounds' ratios with its quartiles.
+row is a model: the medians, and the median of the rounds' ratios with its quartiles. "Of memory" is
+AFTER's decoding as a share of what the memory allows: its bandwidth, measured after each round by
+as many threads that only read, over the bytes of a token's weights.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memory_bandwidth import Memory, bytes_of_token
+
 MIB = 1 << 20
 
 
 def bench(model: Path, libraries: Path, options: list[str]) -> dict[str, float]:
     """Tokens a second in the prompt and after it, and resident bytes."""
     done = subprocess.run(
-        [sys.executable, "-m", "megrez_cli", "bench", str(model), "--json", "--ram", "off",
-         "--repeats", "1", *options],
+        [sys.executable, "-m", "megrez_cli", "bench", str(model), "--json", "--repeats", "1",
+         *options],
         env=os.environ | {"LLAMA_CPP_LIB_PATH": str(libraries.resolve(strict=True))},
         stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
@@ -52,22 +56,30 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--ram", default="off", help="memory for the process, e.g. 2GiB")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    options = [f"--{name}={getattr(args, name)}" for name in ("prompt", "tokens", "threads")]
+    options = [f"--{name}={getattr(args, name)}" for name in ("prompt", "tokens", "threads", "ram")]
     builds = (args.before, args.after)
-    print("| model | prompt | after | ratio | decode | after | ratio | resident | after |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    memory = Memory(args.threads)
+    print(
+        "| model | prompt | after | ratio | decode | after | ratio | of memory | resident | after |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for model in args.models:
         runs: dict[Path, list[dict[str, float]]] = {build: [] for build in builds}
+        shares = []
         for number in range(args.rounds):
             for build in builds[:: 1 if number % 2 else -1]:
                 runs[build].append(bench(model, build, options))
+            possible = memory.read() / bytes_of_token(model)
+            shares.append(runs[args.after][-1]["decode"] / possible)
         cells = [model.stem]
         for name in ("prompt", "decode"):
             before, after = ([run[name] for run in runs[build]] for build in builds)
             cells += [f"{statistics.median(rates):.1f}" for rates in (before, after)]
             cells.append(ratio(before, after))
+        cells.append(f"{statistics.median(shares):.0%}")
         for build in builds:
             resident = statistics.median(run["resident"] for run in runs[build])
             cells.append(f"{resident / MIB:.0f} MiB")

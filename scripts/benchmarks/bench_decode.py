@@ -32,8 +32,11 @@ OURS, TWIN = "megrez-moe", "glm4moe"
 DROPPED = {f"{OURS}.experts_shared_frequency", f"{OURS}.pre_gate"}
 
 
-def write_twin(source: Path, target: Path) -> None:
-    """The GGUF `source` as a `glm4moe` model, each layer with a copy of the pool it shares."""
+def write_twin(source: Path, target: Path, *, biases: bool = False) -> None:
+    """The GGUF `source` as a `glm4moe` model, each layer with a copy of the pool it shares.
+
+    `biases` adds those of attention, all 0, which other programs ask for.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, TWIN)
     period = int(reader.fields[f"{OURS}.experts_shared_frequency"].contents())
@@ -55,6 +58,9 @@ def write_twin(source: Path, target: Path) -> None:
             names = [name.replace(f"blk.{first}.", f"blk.{user}.", 1) for user in users]
         for each in names:
             writer.add_tensor(each, tensor.data, raw_dtype=tensor.tensor_type)
+            if biases and each.endswith(("attn_q.weight", "attn_k.weight", "attn_v.weight")):
+                zeros = np.zeros(int(tensor.shape[1]), np.float32)
+                writer.add_tensor(each.replace(".weight", ".bias"), zeros)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
