@@ -8,6 +8,7 @@ in any run of such a file.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Engine:
         self._n_threads = thread_count(n_threads, _affinity())
         self._llama = llama = require_patched()
         self._context: Any = None
+        self._begin = 0  # of the batch that is evaluated
         self._watch: Watch | None = None
         self._error: BaseException | None = None
         # llama.cpp keeps the bare pointer, so the callback has to live as long as the context.
@@ -168,7 +170,7 @@ class Engine:
         Raises GGUFError when llama.cpp fails to decode, ValueError for more than `context` tokens
         or `first` beyond them.
         """
-        found: dict[tuple[str, int], list[NDArray[Any]]] = {}
+        found: dict[tuple[str, int], dict[int, NDArray[Any]]] = {}  # and by beginning of the batch
         wanted = {step: name for name in capture for step in nodes.STEPS.get(name, (name,))}
 
         def watch(tensor: Tensor, ask: bool) -> bool:
@@ -180,13 +182,12 @@ class Engine:
                 rows = x.shape[2:] if step in nodes.BY_EXPERT else x.shape[3:]
                 x = x.reshape(-1, *rows)
                 if wanted[step] == "ffn_moe_weights":
-                    x = x.reshape(len(x), -1)
-                found.setdefault((wanted[step], layer), []).append(x)
+                    x = x.reshape(len(x), math.prod(x.shape[1:]))
+                found.setdefault((wanted[step], layer), {})[self._begin] = x
             return True
 
         logits = self.observe(tokens, first, watch if wanted else None)
-        joined = {key: np.concatenate(pieces) for key, pieces in found.items()}
-        return Outputs(logits, joined)
+        return Outputs(logits, {key: np.concatenate([*x.values()]) for key, x in found.items()})
 
     def observe(
         self, tokens: NDArray[np.int32], first: int, watch: Watch | None
@@ -211,6 +212,7 @@ class Engine:
         self._watch, self._error = watch, None
         try:
             for begin in range(0, length, size):
+                self._begin = begin
                 part = tokens[begin : begin + size].tolist()
                 batch.n_tokens = len(part)
                 for i, token in enumerate(part):

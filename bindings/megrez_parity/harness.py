@@ -86,7 +86,7 @@ def measure(
 
     With `expert_cache`, bytes of experts in memory, every file is run once more for each of
     `expert_margins`, token by token as in an answer: what preferring experts in memory costs, and
-    what 0 does, which is exact. Such rows have no thresholds; `say` is told their speed.
+    what 0 does, which is exact. All other margins have no thresholds; `say` is told their speed.
 
     Raises MegrezError: margins without a cache, an unknown level, no text or one shorter than a
     window, a file of another model or vocabulary, a cache of another reference, and whatever the
@@ -124,13 +124,17 @@ def measure(
         reference = StoredReference(config, folder, tokens, cache, weights, say)
         reference.run()
         judge = _Judge(config, folder, corpus, reference, scratch, trace)
-        results = []
+        results: list[LevelResult] = []
+        priced = set()  # rows that route as nobody's router says
 
         def add(name: str, kind: str, made: Made, making: float) -> None:
             say(f"{name}: {len(tokens)} windows in llama.cpp")
             results.append(judge.level(name, kind, made, making))
             for margin in dict.fromkeys(expert_margins):
-                row = judge.level(f"{name}, margin {margin:g}", "", made, 0.0, expert_cache, margin)
+                label = f"{name}, margin {margin:g}"
+                row = judge.level(label, kind, made, 0.0, expert_cache, margin)
+                if margin:
+                    priced.add(label)
                 rate = sum(map(len, tokens)) / row.seconds["forward"]
                 say(f"{row.level}: {rate:.1f} tok/s")
                 results.append(row)
@@ -147,7 +151,10 @@ def measure(
                 "levels are judged by what holds for any model and text: their thresholds were set "
                 f"on {lacking}"
             )
-        results = [replace(r, thresholds=bounds.of(r.kind, run)) for r in results]
+        results = [
+            replace(r, thresholds={} if r.level in priced else bounds.of(r.kind, run))
+            for r in results
+        ]
         if trace:
             say("tracing, layer by layer")
             tolerances = {r.level: bounds.tolerances(r.kind, run) for r in results}

@@ -36,7 +36,7 @@ def _compile() -> Callable[[int, int], int]:
         function = ctypes.CDLL(str(library)).sum
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     function.restype = ctypes.c_uint64
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 class Memory:

@@ -142,7 +142,7 @@ def test_a_margin_of_nothing_is_exact(sample: Callable[..., Sample], shape: str)
     np.testing.assert_array_equal(store(path, EXPERTS, margin=0.0), plain(path))
 
 
-@pytest.mark.parametrize("shape", ["as published", "no pre-gate", "one pool"])
+@pytest.mark.parametrize("shape", ["as published", "no pre-gate", "groups of experts"])
 def test_a_margin_spares_reads_of_single_tokens_only(
     sample: Callable[..., Sample], shape: str
 ) -> None:

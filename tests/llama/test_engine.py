@@ -294,4 +294,4 @@ def test_a_margin_selects_and_does_not_weigh(pocket: Path, tokens: NDArray[np.in
         chosen = np.take_along_axis(scores, nodes["ffn_moe_topk", layer], axis=1)
         expected = chosen / chosen.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(nodes["ffn_moe_weights", layer], expected, rtol=1e-5)
-    assert not np.array_equal(nodes["ffn_moe_topk", 1], exact["ffn_moe_topk", 1])
+    assert any(not np.array_equal(nodes[key], exact[key]) for key in nodes)

@@ -176,16 +176,15 @@ def test_what_a_margin_costs(checkpoint: Path) -> None:
         levels=["f32"],
         n_ctx=64,
         n_windows=1,
-        expert_cache=1 << 20,
+        expert_cache=3 << 19,
         expert_margins=[0, 10],
     )
     plain, exact, costly = report.levels
     assert [row.level for row in report.levels] == ["f32", "f32, margin 0", "f32, margin 10"]
     assert exact.metrics.nmse.value < 1e-9
     assert costly.metrics.nmse.value > 1e3 * exact.metrics.nmse.value
-    assert costly.metrics.kld.value > exact.metrics.kld.value
-    assert plain.thresholds
-    assert not exact.thresholds
+    assert costly.metrics.mean_kld.value > exact.metrics.mean_kld.value
+    assert exact.thresholds == plain.thresholds != {}
     assert not costly.thresholds
     assert all(layer.overlap.value == 1 for layer in exact.routing)
     assert min(layer.overlap.value for layer in costly.routing) < 0.9
