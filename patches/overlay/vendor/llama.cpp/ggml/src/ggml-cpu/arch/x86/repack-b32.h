@@ -330,38 +330,45 @@ static inline void multiply(tile_type tile, const block_q8_0x4 * a, int64_t nb, 
     }
 }
 
-// f(tile, column) for all tiles of `nc` columns
-template <typename block_tx8, typename F>
-static inline void for_tiles(const block_tx8 * b, int64_t nb, int nc, __m128i values, F f) {
-    int64_t x = 0;
+template <typename block_tx8> struct tiles {
+    using narrow = tile_256<block_tx8>;
 #if defined(REPACK_B32_512)
-    for (; x + 2 <= nc / 8; x += 2) {
-        f(tile_512<block_tx8>(b + x*nb, nb, values), 8*x);
-    }
+    using wide = tile_512<block_tx8>; // of twice as many columns
 #endif
-    for (; x < nc / 8; ++x) {
-        f(tile_256<block_tx8>(b + x*nb, nb, values), 8*x);
-    }
+};
+
+// f(Q, tile, a, s) for all of `nr` rows of activations, Q fours from `a` on, and all of `nc` columns, a tile of them at a
+// time; the results begin at `s`. Tiles are made of weights, nb blocks apart, and of `args`.
+template <typename tiles, typename block_b, typename block_a, typename F, typename... A>
+static inline void for_tiles(const block_b * b, const block_a * a, int64_t nb, float * s, size_t bs, int nr, int nc, F f, A... args) {
+    int64_t y = 0;
+    const auto rows = [&](auto n_fours) {
+        constexpr int Q = decltype(n_fours)::value;
+        for (; y + Q <= nr / 4; y += Q) {
+            int64_t x = 0;
+#if defined(REPACK_B32_512)
+            for (; x + 2 <= nc / 8; x += 2) {
+                f(n_fours, typename tiles::wide(b + x*nb, nb, args...), a + y*nb, s + 4*y*bs + 8*x);
+            }
+#endif
+            for (; x < nc / 8; ++x) {
+                f(n_fours, typename tiles::narrow(b + x*nb, nb, args...), a + y*nb, s + 4*y*bs + 8*x);
+            }
+        }
+    };
+    rows(std::integral_constant<int, 4>());
+    rows(std::integral_constant<int, 2>());
+    rows(std::integral_constant<int, 1>());
 }
 
 // The parameters are those of ggml_gemm_*; `values` are what nibbles stand for, where they stand for others than themselves.
 template <typename block_tx8>
 static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values = _mm_setzero_si128()) {
     const int64_t nb = n / QK8_0;
-    const auto * b = (const block_tx8 *) vx;
-    const auto * a = (const block_q8_0x4 *) vy;
-    int64_t y = 0;
-    const auto rows = [&](auto n_fours) {
-        constexpr int Q = decltype(n_fours)::value;
-        for (; y + Q <= nr / 4; y += Q) {
-            for_tiles(b, nb, nc, values, [&](auto tile, int64_t x) {
-                multiply<Q, block_tx8>(tile, a + y*nb, nb, s + 4*y*bs + x, bs);
-            });
-        }
+    const auto product = [&](auto n_fours, auto tile, const block_q8_0x4 * a, float * s) {
+        multiply<decltype(n_fours)::value, block_tx8>(tile, a, nb, s, bs);
     };
-    rows(std::integral_constant<int, 4>());
-    rows(std::integral_constant<int, 2>());
-    rows(std::integral_constant<int, 1>());
+    for_tiles<tiles<block_tx8>>((const block_tx8 *) vx, (const block_q8_0x4 *) vy, nb, s, bs, nr, nc, product, values);
 }
 
 // One row. Its weights are read once, and memory gives them no faster than they are multiplied: what can be known of the

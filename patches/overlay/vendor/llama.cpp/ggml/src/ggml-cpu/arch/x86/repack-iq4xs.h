@@ -263,29 +263,20 @@ static inline void multiply(tile_type tile, const block_q8_Kx4 * a, int64_t nb, 
     }
 }
 
+struct tiles {
+    using narrow = tile_256;
+#if defined(REPACK_B32_512)
+    using wide = tile_512;
+#endif
+};
+
 // The parameters are those of ggml_gemm_*.
 static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc) {
     const int64_t nb = n / QK_K;
-    const auto * b = (const block_iq4_xsx8 *) vx;
-    const auto * a = (const block_q8_Kx4 *) vy;
-    int64_t y = 0;
-    const auto rows = [&](auto n_fours) {
-        constexpr int Q = decltype(n_fours)::value;
-        for (; y + Q <= nr / 4; y += Q) {
-            int64_t x = 0;
-#if defined(REPACK_B32_512)
-            for (; x + 2 <= nc / 8; x += 2) {
-                multiply<Q>(tile_512(b + x*nb, nb), a + y*nb, nb, s + 4*y*bs + 8*x, bs);
-            }
-#endif
-            for (; x < nc / 8; ++x) {
-                multiply<Q>(tile_256(b + x*nb, nb), a + y*nb, nb, s + 4*y*bs + 8*x, bs);
-            }
-        }
+    const auto product = [&](auto n_fours, auto tile, const block_q8_Kx4 * a, float * s) {
+        multiply<decltype(n_fours)::value>(tile, a, nb, s, bs);
     };
-    rows(std::integral_constant<int, 4>());
-    rows(std::integral_constant<int, 2>());
-    rows(std::integral_constant<int, 1>());
+    repack_b32::for_tiles<tiles>((const block_iq4_xsx8 *) vx, (const block_q8_Kx4 *) vy, nb, s, bs, nr, nc, product);
 }
 
 static void gemv(int n, float * s, const void * vx, const void * vy, int nc) {
