@@ -267,6 +267,18 @@ template <typename block_tx8> struct tile_512 {
     void store(float * s, __m512 acc) const { _mm512_storeu_ps(s, acc); }
 };
 
+// start, in two lanes of each column, + the products of 8 columns with a row's activations, 8 bytes of which lie every `stride`
+static inline __m512i dot_512(const int32_t start[2], const __m512i w[4], const int8_t * qs, int stride) {
+    int64_t bytes;
+    memcpy(&bytes, start, sizeof(bytes));
+    __m512i sums = _mm512_set1_epi64(bytes);
+    for (int i = 0; i < 4; ++i) {
+        memcpy(&bytes, qs + i*stride, sizeof(bytes));
+        sums = _mm512_dpbusd_epi32(sums, w[i], _mm512_set1_epi64(bytes));
+    }
+    return sums;
+}
+
 // 8 columns, one after the other in memory
 template <typename block_tx8> struct tile_512_row {
     const block_tx8 * b;
@@ -284,13 +296,7 @@ template <typename block_tx8> struct tile_512_row {
     }
 
     void add(__m256 & acc, const int8_t * qs, int stride, const int32_t start[2], float d) const {
-        int64_t bytes;
-        memcpy(&bytes, start, sizeof(bytes));
-        __m512i sums = _mm512_set1_epi64(bytes);
-        for (int i = 0; i < 4; ++i) {
-            memcpy(&bytes, qs + i*stride, sizeof(bytes));
-            sums = _mm512_dpbusd_epi32(sums, w[i], _mm512_set1_epi64(bytes));
-        }
+        __m512i sums = dot_512(start, w, qs, stride);
         sums = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
         acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm512_cvtepi64_epi32(sums)), _mm256_mul_ps(scales, _mm256_set1_ps(d)), acc);
     }
@@ -439,8 +445,9 @@ static inline block_q8_0x8 interleave(const block_q8_0 * rows, int64_t stride) {
     return out;
 }
 
-template <typename block_tx8, typename block_t> static int repack(ggml_tensor * t, const void * data) {
-    const int64_t nb = t->ne[0] / QK8_0;
+template <typename block_tx8, typename block_t>
+static int repack(ggml_tensor * t, const void * data, block_tx8 (* interleave)(const block_t * rows, int64_t stride)) {
+    const int64_t nb = t->ne[0] / ggml_blck_size(t->type);
     auto       * out = (block_tx8 *) t->data;
     const auto * in  = (const block_t *) data;
     for (int64_t row = 0; row < ggml_nrows(t); row += 8) {

@@ -13,6 +13,9 @@
 namespace repack_iq4xs {
 
 using repack_b32::dot_256;
+#if defined(REPACK_B32_512)
+using repack_b32::dot_512;
+#endif
 using repack_b32::look_up;
 using repack_b32::repeat_256;
 using repack_b32::scales_256;
@@ -119,17 +122,6 @@ struct tile_256 {
 #if defined(REPACK_B32_512)
 static inline __m512i scales_512(const int16_t * v) {
     return _mm512_shuffle_epi32(_mm512_cvtepi16_epi64(_mm_load_si128((const __m128i *) v)), (_MM_PERM_ENUM) _MM_SHUFFLE(2, 2, 0, 0));
-}
-
-static inline __m512i dot_512(const int32_t start[2], const __m512i w[4], const int8_t * qs, int stride) {
-    int64_t bytes;
-    memcpy(&bytes, start, sizeof(bytes));
-    __m512i sums = _mm512_set1_epi64(bytes);
-    for (int i = 0; i < 4; ++i) {
-        memcpy(&bytes, qs + i*stride, sizeof(bytes));
-        sums = _mm512_dpbusd_epi32(sums, w[i], _mm512_set1_epi64(bytes));
-    }
-    return sums;
 }
 
 // 16 columns
@@ -305,29 +297,25 @@ static void gemv(int n, float * s, const void * vx, const void * vy, int nc) {
     }
 }
 
-// Blocks of 8 rows, interleaved.
-static int repack(ggml_tensor * t, const void * data) {
-    const int64_t nb = t->ne[0] / QK_K;
-    auto       * out = (block_iq4_xsx8 *) t->data;
-    const auto * in  = (const block_iq4_xs *) data;
-    for (int64_t row = 0; row < ggml_nrows(t); row += 8, in += 8*nb) {
-        for (int64_t i = 0; i < nb; ++i, ++out) {
-            block_iq4_xsx8 block;
-            for (int r = 0; r < 8; ++r) {
-                const block_iq4_xs & from = in[r*nb + i];
-                block.d[r]        = from.d;
-                block.scales_h[r] = from.scales_h;
-                for (int j = 0; j < N_SUB/2; ++j) {
-                    block.scales_l[j][r] = from.scales_l[j];
-                }
-                for (int j = 0; j < QK_K/16; ++j) {
-                    memcpy(block.qs[j/2] + 64*(j%2) + 8*r, from.qs + 8*j, 8);
-                }
-            }
-            *out = block;
+// Blocks of 8 rows that lie `stride` blocks apart, interleaved.
+static inline block_iq4_xsx8 interleave(const block_iq4_xs * rows, int64_t stride) {
+    block_iq4_xsx8 out;
+    for (int row = 0; row < 8; ++row) {
+        const block_iq4_xs & in = rows[row*stride];
+        out.d[row]        = in.d;
+        out.scales_h[row] = in.scales_h;
+        for (int i = 0; i < N_SUB/2; ++i) {
+            out.scales_l[i][row] = in.scales_l[i];
+        }
+        for (int i = 0; i < QK_K/16; ++i) {
+            memcpy(out.qs[i/2] + 64*(i%2) + 8*row, in.qs + 8*i, 8);
         }
     }
-    return 0;
+    return out;
+}
+
+static int repack(ggml_tensor * t, const void * data) {
+    return repack_b32::repack(t, data, interleave);
 }
 
 } // namespace repack_iq4xs
