@@ -47,6 +47,11 @@ class Outputs:
     nodes: Nodes
 
 
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Rows of all batches; those of one are not copied, as a window's nodes take 800 MB."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -187,7 +192,7 @@ class Engine:
             return True
 
         logits = self.observe(tokens, first, watch if wanted else None)
-        return Outputs(logits, {key: np.concatenate([*x.values()]) for key, x in found.items()})
+        return Outputs(logits, {key: _joined([*parts.values()]) for key, parts in found.items()})
 
     def observe(
         self, tokens: NDArray[np.int32], first: int, watch: Watch | None
