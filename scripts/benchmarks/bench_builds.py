@@ -27,16 +27,22 @@ from memory_bandwidth import Memory, bytes_of_token
 MIB = 1 << 20
 
 
-def bench(model: Path, libraries: Path, options: list[str]) -> dict[str, float]:
-    """Tokens a second in the prompt and after it, and resident bytes."""
+def bench(model: Path, options: dict[str, Any], libraries: Path | None = None) -> dict[str, float]:
+    """Tokens a second in the prompt, if there is one, and after it; resident bytes.
+
+    `options` are those of `megrez-gguf bench`, which runs once, with the installed libraries unless
+    others are given.
+    """
+    environment = dict(os.environ)
+    if libraries:
+        environment["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve(strict=True))
     done = subprocess.run(
-        [sys.executable, "-m", "megrez_cli", "bench", str(model), "--json", "--repeats", "1",
-         *options],
-        env=os.environ | {"LLAMA_CPP_LIB_PATH": str(libraries.resolve(strict=True))},
-        stdout=subprocess.PIPE, check=True,
+        [sys.executable, "-m", "megrez_cli", "bench", str(model), "--json", "--repeats=1",
+         *(f"--{name}={value}" for name, value in options.items())],
+        env=environment, stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout)
-    rates = {name: found[name]["rates"][0] for name in ("prompt", "decode")}
+    rates = {name: found[name]["rates"][0] for name in ("prompt", "decode") if found[name]}
     return rates | {"resident": found["resident"]}
 
 
@@ -59,7 +65,7 @@ def main() -> None:
     parser.add_argument("--ram", default="off", help="memory for the process, e.g. 2GiB")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    options = [f"--{name}={getattr(args, name)}" for name in ("prompt", "tokens", "threads", "ram")]
+    options = {name: getattr(args, name) for name in ("prompt", "tokens", "threads", "ram")}
     builds = (args.before, args.after)
     memory = Memory(args.threads)
     print(
@@ -71,7 +77,7 @@ def main() -> None:
         shares = []
         for number in range(args.rounds):
             for build in builds[:: 1 if number % 2 else -1]:
-                runs[build].append(bench(model, build, options))
+                runs[build].append(bench(model, options, build))
             possible = memory.read() / bytes_of_token(model)
             shares.append(runs[args.after][-1]["decode"] / possible)
         cells = [model.stem]

@@ -17,28 +17,24 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from bench_builds import bench
 from bench_decode import write_twin
 
 Rates = dict[str, float]
 
 
 def ours(model: Path, prompts: list[int], args: argparse.Namespace) -> Rates:
-    def bench(prompt: int, tokens: int) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-m", "megrez_cli", "bench", str(model), "--json", "--ram=off",
-             "--repeats=1", f"--prompt={prompt}", f"--tokens={tokens}",
-             f"--threads={args.threads}"],
-            stdout=subprocess.PIPE, check=True,
-        )  # fmt: skip
-        return json.loads(done.stdout)  # type: ignore[no-any-return]
-
-    rates = {f"prompt of {length}": bench(length, 1)["prompt"]["rates"][0] for length in prompts}
-    return rates | {"decode": bench(0, args.tokens)["decode"]["rates"][0]}  # theirs has no prompt
+    options = {"threads": args.threads, "ram": "off"}
+    rates = {
+        f"prompt of {length}": bench(model, options | {"prompt": length, "tokens": 1})["prompt"]
+        for length in prompts
+    }
+    # theirs has no prompt before it
+    alone = bench(model, options | {"prompt": 0, "tokens": args.tokens})
+    return rates | {"decode": alone["decode"]}
 
 
 def theirs(twin: Path, prompts: list[int], options: str, args: argparse.Namespace) -> Rates:

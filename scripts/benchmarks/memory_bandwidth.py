@@ -7,12 +7,15 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from megrez_gguf.format.model_check import layers_with
 from megrez_gguf.format.reader import GGUFFile
+from megrez_llama import ARCH
 
 SUM = """
 #include <stddef.h>
@@ -67,20 +70,19 @@ class Memory:
 def bytes_of_token(path: Path) -> int:
     """Bytes of weights that decoding one token reads; of a pool, a share for each of its layers."""
     file = GGUFFile.open_model(path)
-    values = file.values
-    share = values["megrez-moe.expert_used_count"] / values["megrez-moe.expert_count"]
-    routers = [int(t.name.split(".")[1]) for t in file.tensors if ".ffn_gate_inp." in t.name]
-    pools = sorted({int(t.name.split(".")[1]) for t in file.tensors if "_exps." in t.name})
-    is_tied = not any(t.name == "output.weight" for t in file.tensors)
-    total = 0.0
+    number = {key.removeprefix(f"{ARCH}."): value for key, value in file.values.items()}
+    layers = number["block_count"]
+    pools = layers_with("ffn_gate_exps", file.tensors, layers)
+    uses = Counter(
+        max(pool for pool in pools if pool <= layer)
+        for layer in layers_with("ffn_gate_inp", file.tensors, layers)
+    )
+    is_tied = all(tensor.name != "output.weight" for tensor in file.tensors)
+    total = 0
     for tensor in file.tensors:
-        if tensor.name == "token_embd.weight" and not is_tied:
-            continue
         if "_exps." in tensor.name:
-            pool = int(tensor.name.split(".")[1])
-            later = [other for other in pools if other > pool]
-            layers = sum(pool <= layer < min(later, default=layer + 1) for layer in routers)
-            total += tensor.nbytes * share * layers
-        else:
+            times = uses[int(tensor.name.split(".")[1])]
+            total += tensor.nbytes * times * number["expert_used_count"] // number["expert_count"]
+        elif tensor.name != "token_embd.weight" or is_tied:
             total += tensor.nbytes
-    return int(total)
+    return total
