@@ -135,12 +135,13 @@ def parity(
             "0,0.02,0.05, as `chat --expert-margin` does.",
         ),
     ] = None,
+    gpu_layers: options.GpuLayers = 0,
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare a checkpoint's GGUF levels with a torch reference.
 
-    Converts to each level, runs the patched llama.cpp on the CPU, and prints file size, NMSE of
+    Converts to each level, runs the patched llama.cpp, and prints file size, NMSE of
     logits, KL divergence, same-top-p, perplexity, and how often the same experts ran. Exits 1 when
     a level misses its threshold. With --gguf and without --levels nothing is converted.
 
@@ -170,6 +171,7 @@ def parity(
         thresholds=thresholds,
         expert_cache=expert_cache,
         expert_margins=expert_margin or (),
+        n_gpu_layers=gpu_layers,
         revision=revision,
         command=shlex.join(["megrez-gguf", *sys.argv[1:]]),
         say=console.say,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megrez_llama import nodes
-from megrez_llama.errors import GGUFError
+from megrez_llama.errors import GGUFError, RuntimeUnavailableError
 from megrez_llama.expert_store import cache_override
 from megrez_llama.ggml import Tensor, library, read
 from megrez_llama.logs import log
@@ -67,10 +67,12 @@ class Engine:
     With `expert_cache`, only so many bytes of experts are in memory at once; `expert_margin` is as
     for `expert_store.cache_override`. A window is evaluated in one batch, or with `batch_size` in
     batches of so many tokens: 1 is how answers are. `n_threads` is all CPUs this process may run
-    on unless given. A context manager; the model is freed on leaving.
+    on unless given. `n_gpu_layers` are computed by a GPU, with their part of the KV cache; -1 is
+    all. A context manager; the model is freed on leaving.
 
     Raises GGUFError when the file is missing or cannot be loaded, RuntimeUnavailableError when
-    llama_cpp is missing or not the patched one, MegrezError for more threads than ggml can use.
+    llama_cpp is missing or not the patched one or has no GPU for `n_gpu_layers`, MegrezError for
+    more threads than ggml can use.
     """
 
     def __init__(
@@ -82,11 +84,18 @@ class Engine:
         expert_margin: float = 0.0,
         batch_size: int | None = None,
         n_threads: int | None = None,
+        n_gpu_layers: int = 0,
     ) -> None:
         self.path, self.context = path, context
         self._batch_size = batch_size or context
+        self._n_gpu_layers = n_gpu_layers
         self._n_threads = thread_count(n_threads, _affinity())
         self._llama = llama = require_patched()
+        if n_gpu_layers and not llama.llama_supports_gpu_offload():
+            raise RuntimeUnavailableError(
+                "this llama_cpp finds no GPU. Remedy: build it for one, see CMAKE_ARGS in "
+                "bindings/llama-cpp-python/README.md, or leave --gpu-layers at 0"
+            )
         self._context: Any = None
         self._begin = 0  # of the batch that is evaluated
         self._watch: Watch | None = None
@@ -96,7 +105,7 @@ class Engine:
         if not path.is_file():
             raise GGUFError(f"{path}: no such file")
         params = llama.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = n_gpu_layers
         if expert_cache is not None:
             params.kv_overrides = cache_override(expert_cache, expert_margin)
         log.install(llama)
@@ -120,7 +129,8 @@ class Engine:
         params.n_threads = params.n_threads_batch = self._n_threads
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k = params.type_v = llama.GGML_TYPE_F32
-        params.offload_kqv = params.op_offload = False
+        params.offload_kqv = self._n_gpu_layers != 0
+        params.op_offload = False
         params.cb_eval = self._callback
         return params
 

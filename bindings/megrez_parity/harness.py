@@ -68,6 +68,7 @@ def measure(
     thresholds: Path | None = None,
     expert_cache: int | None = None,
     expert_margins: Sequence[float] = (),
+    n_gpu_layers: int = 0,
     revision: str | None = None,
     command: str = "",
     say: Say = silent,
@@ -87,6 +88,7 @@ def measure(
     With `expert_cache`, bytes of experts in memory, every file is run once more for each of
     `expert_margins`, token by token as in an answer: what preferring experts in memory costs, and
     what 0 does, which is exact. All other margins have no thresholds; `say` is told their speed.
+    `n_gpu_layers` is as for `megrez_llama.engine.Engine`.
 
     Raises MegrezError: margins without a cache, an unknown level, no text or one shorter than a
     window, a file of another model or vocabulary, a cache of another reference, and whatever the
@@ -123,7 +125,7 @@ def measure(
         maker = Maker(folder, scratch, say=say, calibration=calibration, imatrix_file=imatrix)
         reference = StoredReference(config, folder, tokens, cache, weights, say)
         reference.run()
-        judge = _Judge(config, folder, corpus, reference, scratch, trace)
+        judge = _Judge(config, folder, corpus, reference, scratch, trace, n_gpu_layers)
         results: list[LevelResult] = []
         priced = set()  # rows that route as nobody's router says
 
@@ -201,7 +203,9 @@ class _Judge:
         reference: StoredReference,
         scratch: Path,
         trace: bool,
+        n_gpu_layers: int,
     ) -> None:
+        self._n_gpu_layers = n_gpu_layers
         self._config, self._checkpoint = config, checkpoint
         self._corpus, self._reference, self._scratch = corpus, reference, scratch
         self._routers = routers(config, checkpoint)
@@ -235,6 +239,7 @@ class _Judge:
             expert_cache=expert_cache,
             expert_margin=expert_margin,
             batch_size=1 if expert_cache is not None else None,
+            n_gpu_layers=self._n_gpu_layers,
         ) as engine:
             tokenized = [engine.tokenize(content) for content in corpus.contents]
             agreement = corpus.agreement(tokenized, engine.bos)

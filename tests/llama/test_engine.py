@@ -18,6 +18,7 @@ from megrez_gguf.format.reader import GGUFFile
 from megrez_llama import ggml
 from megrez_llama.engine import Engine
 from megrez_llama.ggml import Tensor, check_layout, library
+from megrez_llama.patched import require_patched
 from megrez_parity.reference import CheckpointWeights, forward
 from support.paths import POCKET
 from support.random_checkpoint import POCKET as RANDOM
@@ -279,6 +280,29 @@ def test_batches_give_the_same(
     assert expected.nodes.keys() == found.nodes.keys()
     for key, node in expected.nodes.items():
         assert nmse(node, found.nodes[key]) < 1e-9, key
+
+
+def test_a_gpu_that_is_not_there_is_no_cpu(pocket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = require_patched()
+    monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: False)
+    with pytest.raises(RuntimeUnavailableError, match="CMAKE_ARGS"):
+        Engine(pocket, CONTEXT, n_gpu_layers=-1)
+
+
+def test_layers_for_a_gpu_reach_llama_cpp(pocket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = require_patched()
+    load, seen = llama.llama_model_load_from_file, []
+
+    def recorded(path: bytes, params: Any) -> Any:
+        seen.append(params.n_gpu_layers)
+        return load(path, params)
+
+    monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(llama, "llama_model_load_from_file", recorded)
+    for n_gpu_layers in (-1, 3, 0):
+        with Engine(pocket, CONTEXT, n_gpu_layers=n_gpu_layers):
+            pass
+    assert seen == [-1, 3, 0]
 
 
 def test_a_margin_selects_and_does_not_weigh(pocket: Path, tokens: NDArray[np.int32]) -> None:
