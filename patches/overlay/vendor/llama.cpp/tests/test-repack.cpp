@@ -137,7 +137,7 @@ int main() {
                     if (n_out*n_in > 100000 || n_in % ggml_blck_size(type)) {
                         continue;
                     }
-                    for (const int64_t n_tokens : { 1, 2, 4, 7, 29 }) {
+                    for (const int64_t n_tokens : { 1, 2, 4, 7, 29, 150 }) {
                         n += test(backend, buft, type, { n_in, n_out, 0, 0, n_tokens, true }, ok);
                         n += n_out < 1000 && test(backend, buft, type, { n_in, n_out, 9, 3, n_tokens, true  }, ok);
                         n += n_out < 1000 && test(backend, buft, type, { n_in, n_out, 9, 3, n_tokens, false }, ok);

@@ -12,8 +12,6 @@
 #include "repack.h"
 #include "simd-mappings.h"
 
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -22,6 +20,8 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #define REPACK_B32
+
+#include <immintrin.h>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define REPACK_B32_VNNI
@@ -85,12 +85,17 @@ static inline __m256i dot_256(__m256i first, const __m256i w[4], const __m256i a
 #endif
 }
 
-// -bias * the sums of four rows' activations: two lanes a row
-template <typename block_tx8> static inline __m256i start_of(const block_q8_0x4 & a) {
-    const __m256i b = _mm256_set1_epi8((char) bias<block_tx8>);
+// the sums of four rows' activations times `factor`, an unsigned byte: two lanes a row
+static inline __m256i sums_of(const block_q8_0x4 & a, int factor) {
+    const __m256i b = _mm256_set1_epi8((char) factor);
     const __m256i w[4] = { b, b, b, b };
     const __m256i v[4] = { load_256(a.qs), load_256(a.qs + 32), load_256(a.qs + 64), load_256(a.qs + 96) };
-    return _mm256_sub_epi32(_mm256_setzero_si256(), dot_256(_mm256_setzero_si256(), w, v));
+    return dot_256(_mm256_setzero_si256(), w, v);
+}
+
+// what the sums of products start at
+template <typename block_tx8> static inline __m256i start_of(const block_q8_0x4 & a) {
+    return _mm256_sub_epi32(_mm256_setzero_si256(), sums_of(a, bias<block_tx8>));
 }
 
 static inline __m256 scales_256(const ggml_half * d) {
@@ -204,7 +209,7 @@ template <typename block_tx8> struct tile_256 {
     __m256i w[2][4]; // of four columns each, 8 weights at a time
     __m256  scales;
 
-    tile_256(const block_tx8 * b, int64_t /* nb */, __m128i values) :
+    tile_256(const block_tx8 * b, __m128i values) :
         b(b), lut(_mm256_broadcastsi128_si256(_mm_add_epi8(values, _mm_set1_epi8((char) bias<block_tx8>)))) {}
 
     void load(int64_t i) {
@@ -227,46 +232,6 @@ template <typename block_tx8> struct tile_256 {
 };
 
 #if defined(REPACK_B32_512)
-// 16 columns
-template <typename block_tx8> struct tile_512 {
-    const block_tx8 * b[2];
-    __m512i lut;
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-
-    __m512i w[2][4];
-    __m512  scales;
-
-    tile_512(const block_tx8 * b, int64_t nb, __m128i values) :
-        b{ b, b + nb }, lut(_mm512_broadcast_i32x4(_mm_add_epi8(values, _mm_set1_epi8((char) bias<block_tx8>)))) {}
-
-    void load(int64_t i) {
-        decode(b[0][i], lut, w[0]);
-        decode(b[1][i], lut, w[1]);
-        scales = _mm512_insertf32x8(_mm512_castps256_ps512(scales_256(b[0][i])), scales_256(b[1][i]), 1);
-    }
-
-    void add(__m512 & acc, const int8_t * qs, int stride, const int32_t start[2], float d) const {
-        int64_t bytes;
-        memcpy(&bytes, start, sizeof(bytes));
-        __m512i sums_0 = _mm512_set1_epi64(bytes);
-        __m512i sums_1 = sums_0;
-        for (int i = 0; i < 4; ++i) {
-            memcpy(&bytes, qs + i*stride, sizeof(bytes));
-            const __m512i a = _mm512_set1_epi64(bytes);
-            sums_0 = _mm512_dpbusd_epi32(sums_0, w[0][i], a);
-            sums_1 = _mm512_dpbusd_epi32(sums_1, w[1][i], a);
-        }
-        const __m512i sums = _mm512_add_epi32(_mm512_permutex2var_epi32(sums_0, even, sums_1),
-                                              _mm512_permutex2var_epi32(sums_0, odd,  sums_1));
-        acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, _mm512_set1_ps(d)), acc);
-    }
-
-    using vector = __m512;
-    static vector zero() { return _mm512_setzero_ps(); }
-    void store(float * s, __m512 acc) const { _mm512_storeu_ps(s, acc); }
-};
-
 // start, in two lanes of each column, + the products of 8 columns with a row's activations, 8 bytes of which lie every `stride`
 static inline __m512i dot_512(const int32_t start[2], const __m512i w[4], const int8_t * qs, int stride) {
     int64_t bytes;
@@ -280,14 +245,14 @@ static inline __m512i dot_512(const int32_t start[2], const __m512i w[4], const 
 }
 
 // 8 columns, one after the other in memory
-template <typename block_tx8> struct tile_512_row {
+template <typename block_tx8> struct tile_512 {
     const block_tx8 * b;
     __m512i lut;
 
     __m512i w[4];
     __m256  scales;
 
-    tile_512_row(const block_tx8 * b, int64_t /* nb */, __m128i values) :
+    tile_512(const block_tx8 * b, __m128i values) :
         b(b), lut(_mm512_broadcast_i32x4(_mm_add_epi8(values, _mm_set1_epi8((char) bias<block_tx8>)))) {}
 
     void load(int64_t i) {
@@ -306,7 +271,7 @@ template <typename block_tx8> struct tile_512_row {
     void store(float * s, __m256 acc) const { _mm256_storeu_ps(s, acc); }
 };
 
-template <typename block_tx8> using row_tile = tile_512_row<block_tx8>;
+template <typename block_tx8> using row_tile = tile_512<block_tx8>;
 #else
 template <typename block_tx8> using row_tile = tile_256<block_tx8>;
 #endif
@@ -336,29 +301,16 @@ static inline void multiply(tile_type tile, const block_q8_0x4 * a, int64_t nb, 
     }
 }
 
-template <typename block_tx8> struct tiles {
-    using narrow = tile_256<block_tx8>;
-#if defined(REPACK_B32_512)
-    using wide = tile_512<block_tx8>; // of twice as many columns
-#endif
-};
-
 // f(Q, tile, a, s) for all of `nr` rows of activations, Q fours from `a` on, and all of `nc` columns, a tile of them at a
 // time; the results begin at `s`. Tiles are made of weights, nb blocks apart, and of `args`.
-template <typename tiles, typename block_b, typename block_a, typename F, typename... A>
+template <typename tile, typename block_b, typename block_a, typename F, typename... A>
 static inline void for_tiles(const block_b * b, const block_a * a, int64_t nb, float * s, size_t bs, int nr, int nc, F f, A... args) {
     int64_t y = 0;
     const auto rows = [&](auto n_fours) {
         constexpr int Q = decltype(n_fours)::value;
         for (; y + Q <= nr / 4; y += Q) {
-            int64_t x = 0;
-#if defined(REPACK_B32_512)
-            for (; x + 2 <= nc / 8; x += 2) {
-                f(n_fours, typename tiles::wide(b + x*nb, nb, args...), a + y*nb, s + 4*y*bs + 8*x);
-            }
-#endif
-            for (; x < nc / 8; ++x) {
-                f(n_fours, typename tiles::narrow(b + x*nb, nb, args...), a + y*nb, s + 4*y*bs + 8*x);
+            for (int64_t x = 0; x < nc / 8; ++x) {
+                f(n_fours, tile(b + x*nb, args...), a + y*nb, s + 4*y*bs + 8*x);
             }
         }
     };
@@ -374,7 +326,7 @@ static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, 
     const auto product = [&](auto n_fours, auto tile, const block_q8_0x4 * a, float * s) {
         multiply<decltype(n_fours)::value, block_tx8>(tile, a, nb, s, bs);
     };
-    for_tiles<tiles<block_tx8>>((const block_tx8 *) vx, (const block_q8_0x4 *) vy, nb, s, bs, nr, nc, product, values);
+    for_tiles<tile_256<block_tx8>>((const block_tx8 *) vx, (const block_q8_0x4 *) vy, nb, s, bs, nr, nc, product, values);
 }
 
 // One row. Its weights are read once, and memory gives them no faster than they are multiplied: what can be known of the
@@ -406,7 +358,7 @@ static void gemv(int n, float * s, const void * vx, const void * vy, int nc, __m
     const activations * prepared = prepare<block_tx8>(a, nb);
 
     for (int64_t x = 0; x < nc / 8; ++x, b += nb) {
-        row_tile<block_tx8> tile(b, nb, values);
+        row_tile<block_tx8> tile(b, values);
         auto acc = tile.zero();
         for (int64_t i = 0; i < nb; ++i) {
             tile.load(i);

@@ -79,7 +79,7 @@ struct tile_256 {
     __m256  d;
     alignas(32) int32_t scale_of[N_SUB][2][8];
 
-    tile_256(const block_iq4_xsx8 * b, int64_t /* nb */) : b(b) {}
+    explicit tile_256(const block_iq4_xsx8 * b) : b(b) {}
 
     void load(int64_t i) {
         const scales found(b[i]);
@@ -124,60 +124,8 @@ static inline __m512i scales_512(const int16_t * v) {
     return _mm512_shuffle_epi32(_mm512_cvtepi16_epi64(_mm_load_si128((const __m128i *) v)), (_MM_PERM_ENUM) _MM_SHUFFLE(2, 2, 0, 0));
 }
 
-// 16 columns
-struct tile_512 {
-    using vector = __m512;
-    struct sums { __m512i v[2]; }; // of 8 columns each, two lanes a column
-
-    const block_iq4_xsx8 * b[2];
-    const __m512i lut  = _mm512_broadcast_i32x4(values());
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-
-    __m512i w[2][4];
-    __m512i scale[2];
-    __m512  d;
-    __m512i scale_of[2][N_SUB];
-
-    tile_512(const block_iq4_xsx8 * b, int64_t nb) : b{ b, b + nb } {}
-
-    void load(int64_t i) {
-        for (int g = 0; g < 2; ++g) {
-            const scales found(b[g][i]);
-            for (int sub = 0; sub < N_SUB; ++sub) {
-                scale_of[g][sub] = scales_512(found.v[sub]);
-            }
-        }
-        d = _mm512_insertf32x8(_mm512_castps256_ps512(scales_256(b[0][i].d)), scales_256(b[1][i].d), 1);
-    }
-
-    void load(int64_t i, int sub) {
-        for (int g = 0; g < 2; ++g) {
-            look_up(b[g][i].qs[sub], lut, w[g]);
-            scale[g] = scale_of[g][sub];
-        }
-    }
-
-    static sums no_sums() { return { { _mm512_setzero_si512(), _mm512_setzero_si512() } }; }
-
-    void add(sums & s, const int8_t * qs, int stride, const int32_t start[2]) const {
-        for (int g = 0; g < 2; ++g) {
-            s.v[g] = _mm512_add_epi32(s.v[g], _mm512_mullo_epi32(dot_512(start, w[g], qs, stride), scale[g]));
-        }
-    }
-
-    void finish(__m512 & acc, const sums & s, float d_row) const {
-        const __m512i all = _mm512_add_epi32(_mm512_permutex2var_epi32(s.v[0], even, s.v[1]),
-                                             _mm512_permutex2var_epi32(s.v[0], odd,  s.v[1]));
-        acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_mul_ps(d, _mm512_set1_ps(d_row)), acc);
-    }
-
-    static vector zero() { return _mm512_setzero_ps(); }
-    void store(float * s, __m512 acc) const { _mm512_storeu_ps(s, acc); }
-};
-
 // 8 columns, one after the other in memory
-struct tile_512_row {
+struct tile_512 {
     using vector = __m256;
     using sums   = __m512i;
 
@@ -189,7 +137,7 @@ struct tile_512_row {
     __m256  d;
     __m512i scale_of[N_SUB];
 
-    tile_512_row(const block_iq4_xsx8 * b, int64_t /* nb */) : b(b) {}
+    explicit tile_512(const block_iq4_xsx8 * b) : b(b) {}
 
     void load(int64_t i) {
         const scales found(b[i]);
@@ -219,7 +167,7 @@ struct tile_512_row {
     void store(float * s, __m256 acc) const { _mm256_storeu_ps(s, acc); }
 };
 
-using row_tile = tile_512_row;
+using row_tile = tile_512;
 #else
 using row_tile = tile_256;
 #endif
@@ -255,20 +203,13 @@ static inline void multiply(tile_type tile, const block_q8_Kx4 * a, int64_t nb, 
     }
 }
 
-struct tiles {
-    using narrow = tile_256;
-#if defined(REPACK_B32_512)
-    using wide = tile_512;
-#endif
-};
-
 // The parameters are those of ggml_gemm_*.
 static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc) {
     const int64_t nb = n / QK_K;
     const auto product = [&](auto n_fours, auto tile, const block_q8_Kx4 * a, float * s) {
         multiply<decltype(n_fours)::value>(tile, a, nb, s, bs);
     };
-    repack_b32::for_tiles<tiles>((const block_iq4_xsx8 *) vx, (const block_q8_Kx4 *) vy, nb, s, bs, nr, nc, product);
+    repack_b32::for_tiles<tile_256>((const block_iq4_xsx8 *) vx, (const block_q8_Kx4 *) vy, nb, s, bs, nr, nc, product);
 }
 
 static void gemv(int n, float * s, const void * vx, const void * vy, int nc) {
@@ -282,7 +223,7 @@ static void gemv(int n, float * s, const void * vx, const void * vy, int nc) {
         start.emplace_back(a[i].bsums, 4);
     }
     for (int64_t x = 0; x < nc / 8; ++x, b += nb) {
-        row_tile tile(b, nb);
+        row_tile tile(b);
         auto acc = tile.zero();
         for (int64_t i = 0; i < nb; ++i) {
             auto sums = tile.no_sums();

@@ -68,7 +68,7 @@ struct tile_256 {
     __m256  d, dmin;
     uint8_t scales[N_SUB][8];
 
-    tile_256(const block_q4_Kx8 * b, int64_t /* nb */) : b(b) {}
+    explicit tile_256(const block_q4_Kx8 * b) : b(b) {}
 
     void load(int64_t i) {
         const scales_and_mins found(b[i]);
@@ -125,90 +125,6 @@ struct tile_256 {
     void store(float * s, __m256 acc) const { _mm256_storeu_ps(s, _mm256_permutevar8x32_ps(acc, order)); }
 };
 
-#if defined(REPACK_B32_512)
-// 16 columns
-struct tile_512 {
-    using vector = __m512;
-    using sums   = __m512i;
-
-    const block_q4_Kx8 * b[2];
-    // the columns in the order in which packing puts them, and back
-    const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-    const __m512i back  = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-
-    __m512i w[2][4];
-    __m512i scale;
-    __m512i scales[N_SUB]; // 16 bits wide, twice a lane
-    __m512i mins[N_SUB/2]; // a pair of sub-blocks a lane
-    __m512  d, dmin;
-
-    tile_512(const block_q4_Kx8 * b, int64_t nb) : b{ b, b + nb } {}
-
-    __m512i ordered(const uint8_t * first, const uint8_t * second) const {
-        const __m128i all = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) first), _mm_loadl_epi64((const __m128i *) second));
-        return _mm512_permutexvar_epi32(order, _mm512_cvtepu8_epi32(all));
-    }
-
-    static __m512 scales_512(const ggml_half * first, const ggml_half * second) {
-        return _mm512_insertf32x8(_mm512_castps256_ps512(repack_b32::scales_256(first)), repack_b32::scales_256(second), 1);
-    }
-
-    void load(int64_t i) {
-        const scales_and_mins first(b[0][i]), second(b[1][i]);
-        for (int sub = 0; sub < N_SUB; ++sub) {
-            const __m512i v = ordered(first.scales[sub], second.scales[sub]);
-            scales[sub] = _mm512_or_si512(v, _mm512_slli_epi32(v, 16));
-        }
-        for (int pair = 0; pair < N_SUB/2; ++pair) {
-            const __m512i even = ordered(first.mins[2*pair],     second.mins[2*pair]);
-            const __m512i odd  = ordered(first.mins[2*pair + 1], second.mins[2*pair + 1]);
-            mins[pair] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-        }
-        d    = _mm512_permutexvar_ps(order, scales_512(b[0][i].d,    b[1][i].d));
-        dmin = _mm512_permutexvar_ps(order, scales_512(b[0][i].dmin, b[1][i].dmin));
-    }
-
-    void load(int64_t i, int sub) {
-        const __m512i low = _mm512_set1_epi8(0x0f);
-        for (int g = 0; g < 2; ++g) {
-            for (int k = 0; k < 4; ++k) {
-                const __m512i raw = _mm512_loadu_si512(b[g][i].qs + 256*(sub/2) + 64*k);
-                w[g][k] = _mm512_and_si512(sub % 2 ? _mm512_srli_epi16(raw, 4) : raw, low);
-            }
-        }
-        scale = scales[sub];
-    }
-
-    static sums no_sums() { return _mm512_setzero_si512(); }
-
-    void add(sums & s, const int8_t * qs) const {
-        __m512i sums_0 = _mm512_setzero_si512();
-        __m512i sums_1 = _mm512_setzero_si512();
-        for (int k = 0; k < 4; ++k) {
-            int64_t bytes;
-            memcpy(&bytes, qs + 32*k, sizeof(bytes));
-            const __m512i a = _mm512_set1_epi64(bytes);
-            sums_0 = _mm512_dpbusd_epi32(sums_0, w[0][k], a);
-            sums_1 = _mm512_dpbusd_epi32(sums_1, w[1][k], a);
-        }
-        s = _mm512_add_epi32(s, _mm512_madd_epi16(_mm512_packs_epi32(sums_0, sums_1), scale));
-    }
-
-    void finish(__m512 & acc, const sums & s, const sums_of_activations & of, int row, float d_row) const {
-        __m512i less = _mm512_setzero_si512();
-        for (int pair = 0; pair < N_SUB/2; ++pair) {
-            less = _mm512_add_epi32(less, _mm512_madd_epi16(mins[pair], _mm512_set1_epi32(of(row, pair))));
-        }
-        const __m512 scale_row = _mm512_set1_ps(d_row);
-        acc = _mm512_fmadd_ps (_mm512_cvtepi32_ps(s),    _mm512_mul_ps(d,    scale_row), acc);
-        acc = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(less), _mm512_mul_ps(dmin, scale_row), acc);
-    }
-
-    static vector zero() { return _mm512_setzero_ps(); }
-    void store(float * s, __m512 acc) const { _mm512_storeu_ps(s, _mm512_permutexvar_ps(back, acc)); }
-};
-#endif
-
 // Q fours of rows from `a` on, the columns of one tile; `s` is where their results begin, `bs` floats apart
 template <int Q, typename tile_type>
 static inline void multiply(tile_type tile, const block_q8_Kx4 * a, int64_t nb, float * s, size_t bs) {
@@ -242,20 +158,13 @@ static inline void multiply(tile_type tile, const block_q8_Kx4 * a, int64_t nb, 
     }
 }
 
-struct tiles {
-    using narrow = tile_256;
-#if defined(REPACK_B32_512)
-    using wide = tile_512;
-#endif
-};
-
 // The parameters are those of ggml_gemm_q4_K_8x8_q8_K.
 static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc) {
     const int64_t nb = n / QK_K;
     const auto product = [&](auto n_fours, auto tile, const block_q8_Kx4 * a, float * s) {
         multiply<decltype(n_fours)::value>(tile, a, nb, s, bs);
     };
-    repack_b32::for_tiles<tiles>((const block_q4_Kx8 *) vx, (const block_q8_Kx4 *) vy, nb, s, bs, nr, nc, product);
+    repack_b32::for_tiles<tile_256>((const block_q4_Kx8 *) vx, (const block_q8_Kx4 *) vy, nb, s, bs, nr, nc, product);
 }
 
 } // namespace repack_q4k
