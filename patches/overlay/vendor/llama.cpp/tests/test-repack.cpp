@@ -118,6 +118,24 @@ static bool test(ggml_backend_t backend, ggml_backend_buffer_type_t buft, ggml_t
     return tried;
 }
 
+extern "C" void quantize_row_q8_K_ref(const float * x, void * y, int64_t k); // of ggml-quants.h
+
+// activations are quantized as the reference does it, to the bit
+static bool test_q8_K() {
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    const int64_t n = 256*64;
+    std::vector<float> x(n);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t block = i/256;
+        x[i] = block % 7 == 3 ? 0 : std::ldexp(block % 3 ? normal(rng) : (float) (rng() % 21) - 10, (int) (block % 40) - 20);
+    }
+    std::vector<uint8_t> want(ggml_row_size(GGML_TYPE_Q8_K, n)), got(want);
+    quantize_row_q8_K_ref(x.data(), want.data(), n);
+    ggml_get_type_traits_cpu(GGML_TYPE_Q8_K)->from_float(x.data(), got.data(), n);
+    return want == got;
+}
+
 int main() {
     ggml_backend_load_all();
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
@@ -127,7 +145,10 @@ int main() {
         printf("this build repacks nothing\n");
         return 0;
     }
-    bool ok = true;
+    bool ok = test_q8_K();
+    if (!ok) {
+        printf("Q8_K: other bytes than the reference's\n");
+    }
     for (const int n_threads : { 1, 3 }) {
         ggml_backend_cpu_set_n_threads(backend, n_threads);
         for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4, GGML_TYPE_Q4_K, GGML_TYPE_IQ4_XS }) {
