@@ -13,6 +13,7 @@
 #define REPACK_PANELS
 
 #include <algorithm>
+#include <atomic>
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__)
 #define REPACK_AMX
@@ -328,9 +329,8 @@ template <typename group> static group * scratch(int n, int64_t n_groups, int64_
     return ret;
 }
 
-// The parameters are those of repack_b32::gemm, and nc is a multiple of 16.
 template <typename block_tx8, bool tiles>
-static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values) {
+static void gemm_with(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values) {
     using type    = weights<block_tx8>;
     using block_a = typename type::block_a;
     const int64_t nb       = n / (type::n_sub*N_BLOCK);
@@ -371,12 +371,25 @@ static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, 
 #endif
                 multiply<type, n_b>(from, b, n_groups, to, bs, std::min(left, N_ROWS));
             };
-            __asm__ volatile("" ::: "memory"); // GCC does not know that loading tiles reads memory
+            std::atomic_signal_fence(std::memory_order_seq_cst); // GCC does not know that loading tiles reads memory
             for (int y = 0; y < n_rows; y += tiles ? 2*N_ROWS : N_ROWS) {
                 n_cols > N_COLS ? rows(y, two) : rows(y, one);
             }
         }
     }
+}
+
+// The parameters are those of repack_b32::gemm, and nc is a multiple of 16.
+template <typename block_tx8>
+static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values) {
+#if defined(REPACK_AMX)
+    if (nr >= MIN_ROWS_TILES && tiles_usable()) {
+        ggml_amx_configure_tiles();
+        gemm_with<block_tx8, true>(n, s, bs, vx, vy, nr, nc, values);
+        return;
+    }
+#endif
+    gemm_with<block_tx8, false>(n, s, bs, vx, vy, nr, nc, values);
 }
 
 } // namespace repack_panels
@@ -412,17 +425,9 @@ template <typename block_tx8>
 static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values = _mm_setzero_si128()) {
     int done = 0; // columns
 #if defined(REPACK_PANELS)
-    const int all = nc/repack_panels::N_COLS*repack_panels::N_COLS;
-#if defined(REPACK_AMX)
-    if (nr >= repack_panels::MIN_ROWS_TILES && repack_panels::tiles_usable()) {
-        ggml_amx_configure_tiles();
-        repack_panels::gemm<block_tx8, true>(n, s, bs, vx, vy, nr, all, values);
-        done = all;
-    }
-#endif
-    if (done == 0 && nr >= repack_panels::MIN_ROWS) {
-        repack_panels::gemm<block_tx8, false>(n, s, bs, vx, vy, nr, all, values);
-        done = all;
+    if (nr >= repack_panels::MIN_ROWS && nc >= repack_panels::N_COLS) {
+        done = nc/repack_panels::N_COLS*repack_panels::N_COLS;
+        repack_panels::gemm<block_tx8>(n, s, bs, vx, vy, nr, done, values);
     }
 #endif
     const auto * rest = (const block_tx8 *) vx + done/8*(n/row_block<block_tx8>);
