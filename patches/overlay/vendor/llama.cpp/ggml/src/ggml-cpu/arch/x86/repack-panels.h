@@ -35,7 +35,6 @@ struct group_a {
     float   d[N_ROWS][N_GROUP];
     float   sums[N_ROWS][N_GROUP];   // of qs
     int32_t starts[N_ROWS][N_GROUP]; // of sums of products with biased weights
-    uint8_t unused[64];
 };
 
 // A group of blocks of 16 columns of weights.
@@ -336,6 +335,7 @@ static void gemm_with(int n, float * s, size_t bs, const void * vx, const void *
     const int64_t nb       = n / (type::n_sub*N_BLOCK);
     const int64_t n_blocks = n/N_BLOCK;
     const int64_t n_groups = (n_blocks + N_GROUP - 1)/N_GROUP;
+    const __m512i lut      = type::lut(values);
     const std::integral_constant<int, 1> one;
     const std::integral_constant<int, 2> two;
 
@@ -354,7 +354,7 @@ static void gemm_with(int n, float * s, size_t bs, const void * vx, const void *
             const int n_cols = std::min(nc - x, 2*N_COLS);
             for (int c = 0; c < n_cols; c += N_COLS) {
                 for (int64_t i = 0; i < nb; ++i) {
-                    pack_b<block_tx8, !tiles>(b + c/N_COLS*n_groups, (const block_tx8 *) vx + (x + c)/8*nb, nb, type::lut(values), i);
+                    pack_b<block_tx8, !tiles>(b + c/N_COLS*n_groups, (const block_tx8 *) vx + (x + c)/8*nb, nb, lut, i);
                 }
             }
             const auto rows = [&](int y, auto B) {
@@ -400,13 +400,6 @@ static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, 
 
 namespace repack_x86 {
 
-// weights of a row in a block
-template <typename block_tx8> constexpr int row_block = QK8_0;
-template <> constexpr int row_block<block_q4_Kx8> = QK_K;
-#if defined(REPACK_IQ4XS)
-template <> constexpr int row_block<repack_iq4xs::block_iq4_xsx8> = QK_K;
-#endif
-
 template <typename block_tx8>
 static void gemm_few(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values) {
     if constexpr (std::is_same_v<block_tx8, block_q4_Kx8>) {
@@ -423,15 +416,17 @@ static void gemm_few(int n, float * s, size_t bs, const void * vx, const void * 
 // The parameters are those of repack_b32::gemm.
 template <typename block_tx8>
 static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values = _mm_setzero_si128()) {
-    int done = 0; // columns
 #if defined(REPACK_PANELS)
     if (nr >= repack_panels::MIN_ROWS && nc >= repack_panels::N_COLS) {
-        done = nc/repack_panels::N_COLS*repack_panels::N_COLS;
+        const int done = nc/repack_panels::N_COLS*repack_panels::N_COLS;
+        const int nb   = n/(repack_panels::weights<block_tx8>::n_sub*repack_panels::N_BLOCK);
         repack_panels::gemm<block_tx8>(n, s, bs, vx, vy, nr, done, values);
+        s  += done;
+        vx  = (const block_tx8 *) vx + done/8*nb;
+        nc -= done;
     }
 #endif
-    const auto * rest = (const block_tx8 *) vx + done/8*(n/row_block<block_tx8>);
-    gemm_few<block_tx8>(n, s + done, bs, rest, vy, nr, nc - done, values);
+    gemm_few<block_tx8>(n, s, bs, vx, vy, nr, nc, values);
 }
 
 } // namespace repack_x86
