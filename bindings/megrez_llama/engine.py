@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megrez_llama import nodes
-from megrez_llama.errors import GGUFError, RuntimeUnavailableError
+from megrez_llama.errors import GGUFError
 from megrez_llama.expert_store import cache_override
 from megrez_llama.ggml import Tensor, library, read
 from megrez_llama.logs import log
-from megrez_llama.patched import require_patched
+from megrez_llama.patched import require_gpu, require_patched
 from megrez_llama.threads import thread_count
 
 Watch = Callable[[Tensor, bool], bool]
@@ -91,11 +91,8 @@ class Engine:
         self._n_gpu_layers = n_gpu_layers
         self._n_threads = thread_count(n_threads, _affinity())
         self._llama = llama = require_patched()
-        if n_gpu_layers and not llama.llama_supports_gpu_offload():
-            raise RuntimeUnavailableError(
-                "this llama_cpp finds no GPU. Remedy: build it for one, see CMAKE_ARGS in "
-                "bindings/llama-cpp-python/README.md, or leave --gpu-layers at 0"
-            )
+        if n_gpu_layers:
+            require_gpu()
         self._context: Any = None
         self._begin = 0  # of the batch that is evaluated
         self._watch: Watch | None = None

@@ -67,3 +67,12 @@ def require_patched() -> ModuleType:
             f"llama_cpp is installed but does not load: {error}. Reinstall it on this machine: "
             f"MEGREZ_NO_WHEEL_CACHE=1 {install_command()}"
         ) from error
+
+
+def require_gpu() -> None:
+    """Raises RuntimeUnavailableError: llama_cpp, as installed, finds no GPU. Or as above."""
+    if not require_patched().llama_supports_gpu_offload():
+        raise RuntimeUnavailableError(
+            "this llama_cpp finds no GPU. Remedy: build it for one, see CMAKE_ARGS in "
+            "bindings/llama-cpp-python/README.md, or leave --gpu-layers at 0"
+        )

@@ -30,6 +30,7 @@ from megrez_gguf.text import Say, silent
 from megrez_llama import ARCH
 from megrez_llama.engine import Engine
 from megrez_llama.nodes import ROUTING, TRACED
+from megrez_llama.patched import require_gpu
 from megrez_parity.level_files import LEVELS, Made, Maker, canonical, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
 from megrez_parity.results import LevelResult, ParityReport, ReferenceRun
@@ -100,6 +101,8 @@ def measure(
         raise ConfigError(f"{n_windows} windows of {n_ctx} tokens: expected at least 1 of 4")
     if expert_margins and expert_cache is None:
         raise ConfigError("expert margins need an expert cache: give its size")
+    if n_gpu_layers:
+        require_gpu()  # here, not after the reference: that can take an hour
     bounds = Thresholds.load(thresholds)
     source = Checkpoint.find(checkpoint, revision=revision, say=say)
     config, folder = source.config, source.folder

@@ -16,6 +16,7 @@ from megrez_gguf import convert
 from megrez_gguf.errors import CheckpointError, ConfigError, RuntimeUnavailableError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_llama.engine import Engine
+from megrez_llama.patched import require_patched
 from megrez_parity import harness
 from megrez_parity.harness import measure
 from megrez_parity.level_files import LEVELS
@@ -188,6 +189,16 @@ def test_what_a_margin_costs(checkpoint: Path) -> None:
     assert not costly.thresholds
     assert all(layer.overlap.value == 1 for layer in exact.routing)
     assert min(layer.overlap.value for layer in costly.routing) < 0.9
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_computed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(require_patched(), "llama_supports_gpu_offload", lambda: False)
+    said: list[str] = []
+    with pytest.raises(RuntimeUnavailableError, match="finds no GPU"):
+        measure(checkpoint, levels=["f32"], n_gpu_layers=-1, say=said.append)
+    assert not said
 
 
 def test_table_is_for_pipes_too(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
