@@ -67,18 +67,20 @@ static inline __m256i repeat_256(const void * p) {
 }
 
 // first + the sums of fours of the products of w[i] and a[i]
-static inline __m256i dot_256(__m256i first, const __m256i w[4], const __m256i a[4]) {
+template <int n = 4>
+static inline __m256i dot_256(__m256i first, const __m256i w[n], const __m256i a[n]) {
 #if defined(REPACK_B32_512)
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < n; ++i) {
         first = _mm256_dpbusd_epi32(first, w[i], a[i]);
     }
     return first;
 #elif defined(REPACK_B32_VNNI)
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < n; ++i) {
         first = _mm256_dpbusd_avx_epi32(first, w[i], a[i]);
     }
     return first;
 #else
+    static_assert(n == 4, "one block");
     const __m256i sums_01 = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], a[0]), _mm256_maddubs_epi16(w[1], a[1]));
     const __m256i sums_23 = _mm256_add_epi16(_mm256_maddubs_epi16(w[2], a[2]), _mm256_maddubs_epi16(w[3], a[3]));
     return _mm256_add_epi32(first, _mm256_madd_epi16(_mm256_add_epi16(sums_01, sums_23), _mm256_set1_epi16(1)));

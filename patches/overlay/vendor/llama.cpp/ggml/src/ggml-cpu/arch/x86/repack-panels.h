@@ -2,11 +2,11 @@
 
 // Products of 8 interleaved rows with many rows of activations, for AVX-512 with VNNI and for AMX. Weights are unpacked once
 // for all rows of activations, 32 columns at a time, to bytes in the order in which products take them: four of each column
-// in turn. A product spans 32 weights, the blocks of most types, and its sums become floats there.
+// in turn. A product spans 32 weights, the blocks of most types, or each half of them; its sums become floats there.
 
 #include "repack-b32.h"
 #include "repack-iq4xs.h"
-#include "repack-q4k.h"
+#include "repack-k.h"
 
 #if defined(REPACK_B32_512)
 
@@ -34,7 +34,7 @@ struct group_a {
     int8_t  qs[N_GROUP][N_ROWS][N_BLOCK];
     float   d[N_ROWS][N_GROUP];
     float   sums[N_ROWS][N_GROUP];   // of qs
-    int32_t starts[N_ROWS][N_GROUP]; // of sums of products with biased weights
+    int32_t starts[2][N_ROWS][N_GROUP]; // of sums of products with biased weights, and of those of second halves
 };
 
 // A group of blocks of 16 columns of weights.
@@ -42,6 +42,7 @@ struct group_b {
     uint8_t qs[N_GROUP][N_BLOCK/4][N_COLS][4];
     float   d[N_GROUP][N_COLS];
     float   mins[N_GROUP][N_COLS];
+    float   halves[N_GROUP][N_COLS]; // scales of second halves
 };
 
 // What there is to know of a type: how to find the weights of 8 columns of a block, plus `bias`, which makes them unsigned,
@@ -52,13 +53,14 @@ template <typename block_tx8> struct weights {
     static constexpr int  n_sub     = 1;    // blocks of 32 in a block
     static constexpr bool own_scale = true; // activations have a scale each block of 32
     static constexpr bool mins      = false;
+    static constexpr bool halves    = false; // whether halves of a block have scales of their own
     static constexpr int  bias      = repack_b32::bias<block_tx8>;
 
     static __m512i lut(__m128i values) {
         return _mm512_broadcast_i32x4(_mm_add_epi8(values, _mm_set1_epi8((char) bias)));
     }
 
-    static void decode(const block_tx8 & b, int /* sub */, __m512i lut, __m512i w[4]) {
+    template <int /* sub */> static void decode(const block_tx8 & b, __m512i lut, __m512i w[4]) {
         repack_b32::decode(b, lut, w);
     }
 
@@ -67,64 +69,47 @@ template <typename block_tx8> struct weights {
     }
 };
 
-template <> struct weights<repack_iq4xs::block_iq4_xsx8> {
+// those of repack-k.h
+template <typename block_tx8> struct weights_k {
     using block_a = block_q8_Kx4;
+    using format  = repack_k::format<block_tx8>;
     static constexpr int  n_sub     = QK_K/N_BLOCK;
     static constexpr bool own_scale = false;
-    static constexpr bool mins      = false;
-    static constexpr int  bias      = repack_iq4xs::bias;
-
-    static __m512i lut(__m128i) {
-        return _mm512_broadcast_i32x4(repack_iq4xs::values());
-    }
-
-    static void decode(const repack_iq4xs::block_iq4_xsx8 & b, int sub, __m512i lut, __m512i w[4]) {
-        repack_b32::look_up(b.qs[sub], lut, w);
-    }
-
-    static void scales(group_b * out, const repack_iq4xs::block_iq4_xsx8 & b, int half, int64_t i) {
-        const __m256 d = repack_b32::scales_256(b.d);
-        const repack_iq4xs::scales found(b);
-        for (int sub = 0; sub < n_sub; ++sub) {
-            group_b & g = out[(n_sub*i + sub)/N_GROUP];
-            const __m256i scale = _mm256_cvtepi16_epi32(_mm_load_si128((const __m128i *) found.v[sub]));
-            _mm256_storeu_ps(g.d[sub%N_GROUP] + 8*half, _mm256_mul_ps(d, _mm256_cvtepi32_ps(scale)));
-        }
-    }
-};
-
-template <> struct weights<block_q4_Kx8> {
-    using block_a = block_q8_Kx4;
-    static constexpr int  n_sub     = QK_K/N_BLOCK;
-    static constexpr bool own_scale = false;
-    static constexpr bool mins      = true;
-    static constexpr int  bias      = 0;
+    static constexpr bool halves    = format::n_scales > n_sub;
+    static constexpr bool mins      = format::mins;
+    static constexpr int  bias      = format::bias;
 
     static __m512i lut(__m128i) {
         return _mm512_setzero_si512();
     }
 
-    static void decode(const block_q4_Kx8 & b, int sub, __m512i /* lut */, __m512i w[4]) {
-        for (int k = 0; k < 4; ++k) {
-            const __m512i raw = _mm512_loadu_si512(b.qs + 256*(sub/2) + 64*k);
-            w[k] = _mm512_and_si512(sub%2 ? _mm512_srli_epi16(raw, 4) : raw, _mm512_set1_epi8(0x0f));
-        }
+    template <int sub> static void decode(const block_tx8 & b, __m512i /* lut */, __m512i w[4]) {
+        format::template decode<repack_k::wide_512, sub>(b, 0, w);
     }
 
-    static void scales(group_b * out, const block_q4_Kx8 & b, int half, int64_t i) {
-        const auto times = [](__m256 d, const uint8_t * v) {
-            return _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) v))));
+    static void scales(group_b * out, const block_tx8 & b, int half, int64_t i) {
+        const auto times = [](__m256 d, const int8_t v[8]) {
+            return _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) v))));
         };
-        const __m256 d    = repack_b32::scales_256(b.d);
-        const __m256 dmin = repack_b32::scales_256(b.dmin);
-        const repack_q4k::scales_and_mins found(b);
+        const __m256 d = repack_b32::scales_256(b.d);
+        const typename format::scales found(b.scales);
         for (int sub = 0; sub < n_sub; ++sub) {
             group_b & g = out[(n_sub*i + sub)/N_GROUP];
-            _mm256_storeu_ps(g.d   [sub%N_GROUP] + 8*half, times(d,    found.scales[sub]));
-            _mm256_storeu_ps(g.mins[sub%N_GROUP] + 8*half, times(dmin, found.mins[sub]));
+            _mm256_storeu_ps(g.d[sub%N_GROUP] + 8*half, times(d, found.values[halves ? 2*sub : sub]));
+            if constexpr (halves) {
+                _mm256_storeu_ps(g.halves[sub%N_GROUP] + 8*half, times(d, found.values[2*sub + 1]));
+            }
+            if constexpr (mins) {
+                _mm256_storeu_ps(g.mins[sub%N_GROUP] + 8*half, times(repack_b32::scales_256(b.dmin), found.mins[sub]));
+            }
         }
     }
 };
+
+template <> struct weights<repack_k::block_q4_kx8> : weights_k<repack_k::block_q4_kx8> {};
+template <> struct weights<repack_k::block_q5_kx8> : weights_k<repack_k::block_q5_kx8> {};
+template <> struct weights<repack_k::block_q6_kx8> : weights_k<repack_k::block_q6_kx8> {};
+template <> struct weights<repack_iq4xs::block_iq4_xsx8> : weights_k<repack_iq4xs::block_iq4_xsx8> {};
 
 // 128 bytes of four rows, 8 of each in turn, to 32 bytes of each
 static inline void pack_a(int8_t * out, const int8_t * qs) {
@@ -145,7 +130,7 @@ template <typename type> static inline void pack_a(group_a * out, int row, const
     _mm256_store_si256((__m256i *) sums, repack_b32::sums_of(a, 1));
     for (int r = 0; r < 4; ++r) {
         g.d     [row + r][i%N_GROUP] = d[r];
-        g.starts[row + r][i%N_GROUP] = -type::bias*(sums[2*r] + sums[2*r + 1]);
+        g.starts[0][row + r][i%N_GROUP] = -type::bias*(sums[2*r] + sums[2*r + 1]);
     }
 }
 
@@ -155,9 +140,10 @@ template <typename type> static inline void pack_a(group_a * out, int row, const
         pack_a(g.qs[sub%N_GROUP][row], a.qs + 4*N_BLOCK*sub);
         for (int r = 0; r < 4; ++r) {
             const int16_t * sums = a.bsums + sub/2*16 + 4*r + sub%2*2;
-            g.d     [row + r][sub%N_GROUP] = a.d[r];
-            g.sums  [row + r][sub%N_GROUP] = sums[0] + sums[1];
-            g.starts[row + r][sub%N_GROUP] = -type::bias*(sums[0] + sums[1]);
+            g.d   [row + r][sub%N_GROUP] = a.d[r];
+            g.sums[row + r][sub%N_GROUP] = sums[0] + sums[1];
+            g.starts[0][row + r][sub%N_GROUP] = -type::bias*(type::halves ? sums[0] : sums[0] + sums[1]);
+            g.starts[1][row + r][sub%N_GROUP] = -type::bias*sums[1];
         }
     }
 }
@@ -179,24 +165,26 @@ static inline void pack_b(group_b * out, const block_tx8 * b, int64_t nb, __m512
     for (int half = 0; half < 2; ++half) {
         type::scales(out, b[half*nb + i], half, i);
     }
-    for (int sub = 0; sub < type::n_sub; ++sub) {
+    repack_k::for_each_of(std::make_integer_sequence<int, type::n_sub>(), [&](auto n) {
+        constexpr int sub = decltype(n)::value;
         __m512i w[2][4];
         for (int half = 0; half < 2; ++half) {
-            type::decode(b[half*nb + i], sub, lut, w[half]);
+            type::template decode<sub>(b[half*nb + i], lut, w[half]);
             for (auto & v : w[half]) {
                 v = biased ? v : _mm512_sub_epi8(v, _mm512_set1_epi8((char) type::bias));
             }
         }
         const int64_t block = type::n_sub*i + sub;
         pack_b(out[block/N_GROUP].qs[block%N_GROUP], w[0], w[1]);
-    }
+    });
 }
 
 // Sums of products of block i of a group are added up as floats: with the scale of both or, where the activations of all
-// blocks have the same scale, with that of the weights at first. `part` is what the blocks of the group gave so far.
+// blocks have the same scale, with that of the weights at first. `first` and `second` are those of halves, or add up to
+// those of the block. `part` is what the blocks of the group gave so far.
 template <typename type>
-static inline void add(float * acc, float * part, __m512i sums, const group_a & a, int r, const group_b & b, int i) {
-    const __m512 sum   = _mm512_cvtepi32_ps(sums);
+static inline void add(float * acc, float * part, __m512i first, __m512i second, const group_a & a, int r, const group_b & b, int i) {
+    const __m512 sum   = _mm512_cvtepi32_ps(type::halves ? first : _mm512_add_epi32(first, second));
     const __m512 scale = _mm512_load_ps(b.d[i]);
     if constexpr (type::own_scale) {
         _mm512_store_ps(acc, _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(a.d[r][i])), _mm512_load_ps(acc)));
@@ -204,6 +192,9 @@ static inline void add(float * acc, float * part, __m512i sums, const group_a & 
         __m512 all = i == 0 ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(part));
         if constexpr (type::mins) {
             all = _mm512_fnmadd_ps(_mm512_load_ps(b.mins[i]), _mm512_set1_ps(a.sums[r][i]), all);
+        }
+        if constexpr (type::halves) {
+            all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), _mm512_load_ps(b.halves[i]), all);
         }
         if (i < N_GROUP - 1) {
             _mm512_store_ps(part, all);
@@ -237,18 +228,19 @@ static inline void multiply(const group_a * a, const group_b * b, int64_t n_grou
             for (int r = 0; r < n_rows; ++r) {
                 __m512i sums[2][B];
                 for (int x = 0; x < B; ++x) {
-                    sums[0][x] = _mm512_set1_epi32(a[g].starts[r][i]);
-                    sums[1][x] = _mm512_setzero_si512();
+                    sums[0][x] = _mm512_set1_epi32(a[g].starts[0][r][i]);
+                    sums[1][x] = type::halves ? _mm512_set1_epi32(a[g].starts[1][r][i]) : _mm512_setzero_si512();
                 }
                 for (int k = 0; k < N_BLOCK/4; ++k) {
                     int32_t bytes;
                     memcpy(&bytes, a[g].qs[i][r] + 4*k, sizeof(bytes));
                     for (int x = 0; x < B; ++x) {
-                        sums[k%2][x] = _mm512_dpbusd_epi32(sums[k%2][x], w[x][k], _mm512_set1_epi32(bytes));
+                        __m512i & sum = sums[type::halves ? k/4 : k%2][x];
+                        sum = _mm512_dpbusd_epi32(sum, w[x][k], _mm512_set1_epi32(bytes));
                     }
                 }
                 for (int x = 0; x < B; ++x) {
-                    add<type>(acc[x][r], part[x][r], _mm512_add_epi32(sums[0][x], sums[1][x]), a[g], r, b[x*n_groups + g], i);
+                    add<type>(acc[x][r], part[x][r], sums[0][x], sums[1][x], a[g], r, b[x*n_groups + g], i);
                 }
             }
         }
@@ -301,7 +293,7 @@ static inline void multiply_tiles(const group_a * a, const group_b * b, int64_t 
             for (int x = 0; x < B; ++x) {
                 for (int r = 0; r < std::min(n_rows - N_ROWS*y, N_ROWS); ++r) {
                     for (int i = 0; i < N_GROUP; ++i) {
-                        add<type>(acc[y][x][r], part, _mm512_load_si512(sums[y][x][i][r]), a[y*n_groups + g], r, b[x*n_groups + g], i);
+                        add<type>(acc[y][x][r], part, _mm512_load_si512(sums[y][x][i][r]), _mm512_setzero_si512(), a[y*n_groups + g], r, b[x*n_groups + g], i);
                     }
                 }
             }
@@ -383,10 +375,12 @@ static void gemm_with(int n, float * s, size_t bs, const void * vx, const void *
 template <typename block_tx8>
 static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values) {
 #if defined(REPACK_AMX)
-    if (nr >= MIN_ROWS_TILES && tiles_usable()) {
-        ggml_amx_configure_tiles();
-        gemm_with<block_tx8, true>(n, s, bs, vx, vy, nr, nc, values);
-        return;
+    if constexpr (!weights<block_tx8>::halves) { // a tile would have to span 16 weights
+        if (nr >= MIN_ROWS_TILES && tiles_usable()) {
+            ggml_amx_configure_tiles();
+            gemm_with<block_tx8, true>(n, s, bs, vx, vy, nr, nc, values);
+            return;
+        }
     }
 #endif
     gemm_with<block_tx8, false>(n, s, bs, vx, vy, nr, nc, values);
@@ -400,16 +394,14 @@ static void gemm(int n, float * s, size_t bs, const void * vx, const void * vy, 
 
 namespace repack_x86 {
 
+template <typename block_tx8> constexpr bool of_32 = repack_b32::bias<block_tx8> != 0;
+
 template <typename block_tx8>
 static void gemm_few(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc, __m128i values) {
-    if constexpr (std::is_same_v<block_tx8, block_q4_Kx8>) {
-        repack_q4k::gemm(n, s, bs, vx, vy, nr, nc);
-#if defined(REPACK_IQ4XS)
-    } else if constexpr (std::is_same_v<block_tx8, repack_iq4xs::block_iq4_xsx8>) {
-        repack_iq4xs::gemm(n, s, bs, vx, vy, nr, nc);
-#endif
-    } else {
+    if constexpr (of_32<block_tx8>) {
         repack_b32::gemm<block_tx8>(n, s, bs, vx, vy, nr, nc, values);
+    } else {
+        repack_k::gemm<block_tx8>(n, s, bs, vx, vy, nr, nc);
     }
 }
 
