@@ -48,6 +48,8 @@ def bench(model: Path, options: dict[str, Any], libraries: Path | None = None) -
 
 def ratio(before: list[float], after: list[float]) -> str:
     ratios = [b / a for a, b in zip(before, after, strict=True)]
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
