@@ -14,6 +14,7 @@ PACKAGES = {
     "megrez_cli": ROOT / "bindings" / "megrez_cli",
     "megrez_parity": ROOT / "bindings" / "megrez_parity",
     "megrez_runtime": ROOT / "bindings" / "megrez_runtime",
+    "megrez_engines": ROOT / "bindings" / "megrez_engines",
     "megrez_gguf": ROOT / "convert" / "megrez_gguf",
     "megrez_llama": ROOT / "bindings" / "megrez_llama",
 }
@@ -23,7 +24,9 @@ ROOMS = ("examination", "conversion", "quantization", "checkpoint", "format", "s
 EXTRAS = {
     "torch": {"megrez_cli", "megrez_runtime", "megrez_gguf", "megrez_llama"},
     "safetensors": {"megrez_cli", "megrez_runtime", "megrez_gguf", "megrez_llama"},
-    "llama_cpp": {"megrez_cli", "megrez_gguf"},
+    "llama_cpp": {"megrez_cli", "megrez_engines", "megrez_gguf"},
+    "transformers": {*PACKAGES} - {"megrez_engines"},
+    "vllm": {*PACKAGES} - {"megrez_engines"},
 }
 MODULES = [
     (package, path) for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))
