@@ -81,6 +81,15 @@ def parity(
         list[Path] | None,
         typer.Option("--gguf", parser=options.path, help="Judge this existing file; repeatable."),
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME[:OPTIONS]",
+            help="Judge the checkpoint in transformers or vllm, e.g. vllm:tp=2,pp=2,python=PATH; "
+            "repeatable.",
+        ),
+    ] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -143,13 +152,14 @@ def parity(
 
     Converts to each level, runs the patched llama.cpp, and prints file size, NMSE of
     logits, KL divergence, same-top-p, perplexity, and how often the same experts ran. Exits 1 when
-    a level misses its threshold. With --gguf and without --levels nothing is converted.
+    a level misses its threshold. With --gguf or --engine and no --levels nothing is converted.
 
     \b
     Examples:
       megrez-gguf parity tests/data/pocket --report pocket-report
       megrez-gguf parity Megrez2-3x7B-A3B --levels q4_k_m,q4_0 --text novel.txt --windows 2
       megrez-gguf parity Infinigence/Megrez2-3x7B-A3B --gguf theirs.gguf --text novel.txt --trace
+      megrez-gguf parity tests/data/pocket --engine transformers --engine vllm:tp=2
     """
     _find_folder()
     from megrez_parity.harness import measure
@@ -160,9 +170,10 @@ def parity(
         prepare(report)  # an hour of computing later would be late
     result = measure(
         checkpoint,
-        levels=listed(levels) if levels is not None else () if gguf else LEVELS,
+        levels=listed(levels) if levels is not None else () if gguf or engine else LEVELS,
         texts=text or (),
         files=gguf or (),
+        engines=engine or (),
         n_ctx=ctx,
         n_windows=windows,
         trace=trace,

@@ -2,7 +2,8 @@
 
 The way of the data: texts become windows of token ids (`windows`), the reference runs over them
 once (`stream`), then each level is made (`levels`), run by llama.cpp (`engine`) and compared window
-by window (`metrics`, `routing`). Tensors for a trace wait on disk until all levels are done.
+by window (`metrics`, `routing`). Other engines run the checkpoint itself (`engines`). Tensors for a
+trace wait on disk until all levels are done.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megrez_llama import ARCH
 from megrez_llama.engine import Engine
 from megrez_llama.nodes import ROUTING, TRACED
 from megrez_llama.patched import require_gpu
+from megrez_parity.engines import EngineProcess, EngineSpec
 from megrez_parity.level_files import LEVELS, Made, Maker, canonical, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
 from megrez_parity.results import LevelResult, ParityReport, ReferenceRun
@@ -61,6 +63,7 @@ def measure(
     levels: Sequence[str] = LEVELS,
     texts: Sequence[Path] = (),
     files: Sequence[Path] = (),
+    engines: Sequence[str] = (),
     n_ctx: int = 512,
     n_windows: int = 4,
     trace: bool = False,
@@ -74,7 +77,7 @@ def measure(
     command: str = "",
     say: Say = silent,
 ) -> ParityReport:
-    """Compare a checkpoint at each level, and existing GGUF `files`, with the torch reference.
+    """Compare a checkpoint at each level, GGUF `files` and other `engines` with a torch reference.
 
     Every text gives up to `n_windows` windows of `n_ctx` tokens from its start; without `texts`,
     the files of a folder `heldout` in or next to the checkpoint, which may be a repository: see
@@ -89,20 +92,23 @@ def measure(
     With `expert_cache`, bytes of experts in memory, every file is run once more for each of
     `expert_margins`, token by token as in an answer: what preferring experts in memory costs, and
     what 0 does, which is exact. All other margins have no thresholds; `say` is told their speed.
-    `n_gpu_layers` is as for `megrez_llama.engine.Engine`.
+    `n_gpu_layers` is as for `megrez_llama.engine.Engine`. `engines` run the checkpoint itself
+    (`engines.EngineSpec`), are held to the bounds of the level that has their precision, and are
+    not traced.
 
     Raises MegrezError: margins without a cache, an unknown level, no text or one shorter than a
     window, a file of another model or vocabulary, a cache of another reference, and whatever the
     conversion or llama.cpp raise. A missed threshold is in the report, not raised.
     """
-    if not levels and not files:
-        raise ConfigError("nothing to compare: give a level or a GGUF file")
+    if not levels and not files and not engines:
+        raise ConfigError("nothing to compare: give a level, a GGUF file or an engine")
     if n_ctx < 4 or n_windows < 1:
         raise ConfigError(f"{n_windows} windows of {n_ctx} tokens: expected at least 1 of 4")
     if expert_margins and expert_cache is None:
         raise ConfigError("expert margins need an expert cache: give its size")
     if n_gpu_layers:
         require_gpu()  # here, not after the reference: that can take an hour
+    specs = [EngineSpec.parse(text) for text in dict.fromkeys(engines)]
     bounds = Thresholds.load(thresholds)
     source = Checkpoint.find(checkpoint, revision=revision, say=say)
     config, folder = source.config, source.folder
@@ -146,6 +152,13 @@ def measure(
 
         for file in dict.fromkeys(files):
             add(str(file), level_of(file), Made(file, []), 0.0)
+        for spec in specs:
+            say(f"{spec.text}: starting it")
+            begin = time.perf_counter()
+            with EngineProcess(spec, folder, n_ctx, scratch) as process:
+                took = time.perf_counter() - begin
+                say(f"{spec.text}: {len(tokens)} windows in {process.version}")
+                results.append(judge.engine(spec, process, weights, took))
         for level in dict.fromkeys(levels):
             begin = time.perf_counter()
             with maker.make(level) as made:
@@ -157,7 +170,7 @@ def measure(
                 f"on {lacking}"
             )
         results = [
-            replace(r, thresholds={} if r.level in priced else bounds.of(r.kind, run))
+            replace(r, thresholds={} if r.level in priced else _bounds(r, bounds.of(r.kind, run)))
             for r in results
         ]
         if trace:
@@ -179,6 +192,11 @@ def measure(
             provenance=provenance(weights, command),
             levels=results,
         )
+
+
+def _bounds(result: LevelResult, bounds: dict[str, float]) -> dict[str, float]:
+    """Those `bounds` whose figures there are: an engine may not tell its experts."""
+    return {k: v for k, v in bounds.items() if k != "unfaithful" or result.routing}
 
 
 @contextmanager
@@ -230,51 +248,79 @@ class _Judge:
 
         With an `expert_cache` token by token, as a margin concerns nothing else.
         """
-        corpus, windows = self._corpus, self._corpus.windows
-        comparison = Comparison()
-        routing = RoutingComparison(self._config, self._routers)
-        seconds = {"make": making, "forward": 0.0, "compare": 0.0}
-        kept = self._nodes.setdefault(name, [])
         with Engine(
             made.path,
-            len(windows[0].tokens),
+            len(self._corpus.windows[0].tokens),
             n_threads=available_cpus(),
             expert_cache=expert_cache,
             expert_margin=expert_margin,
             batch_size=1 if expert_cache is not None else None,
             n_gpu_layers=self._n_gpu_layers,
         ) as engine:
-            tokenized = [engine.tokenize(content) for content in corpus.contents]
-            agreement = corpus.agreement(tokenized, engine.bos)
-            for i, window in enumerate(windows):
-                tokens = window.tokens
-                half = len(tokens) // 2
-                traced = i in self._traced
-                capture = {*ROUTING, *TRACED} if traced else ROUTING
-                start = time.perf_counter()
-                outputs = engine.run(tokens, first=half, capture=capture)
-                ran = time.perf_counter()
-                # The last position has no next token to score.
-                logits = outputs.logits[:-1]
-                comparison.add(self._reference.logits(i), logits, tokens[half + 1 :], window.domain)
-                routing.add(self._reference, i, outputs.nodes)
-                if traced:
-                    kept.append(self._spill(outputs.nodes, TRACED))
-                seconds["forward"] += ran - start
-                seconds["compare"] += time.perf_counter() - ran
+            result = self._compared(name, kind, engine, making, self._traced)
         file = GGUFFile.open(made.path)
-        return LevelResult(
-            level=name,
-            kind=kind,
+        return replace(
+            result,
             file_bytes=file.nbytes,
             sha256=file_sha256(file),
             types=types_of(made.path),
             fallbacks=made.fallbacks,
+        )
+
+    def engine(
+        self, spec: EngineSpec, process: EngineProcess, sha256: str, starting: float
+    ) -> LevelResult:
+        """What an engine computes, likewise; its size is that of the weights in its memory."""
+        result = self._compared(spec.text, spec.kind, process, starting, [])
+        size = process.weights
+        return replace(result, file_bytes=size, sha256=sha256, types={spec.kind: size})
+
+    def _compared(
+        self,
+        name: str,
+        kind: str,
+        engine: Engine | EngineProcess,
+        making: float,
+        traced: Collection[int],
+    ) -> LevelResult:
+        """The figures of what `engine` computes; what tells of a file is left empty."""
+        corpus, windows = self._corpus, self._corpus.windows
+        comparison = Comparison()
+        routing = RoutingComparison(self._config, self._routers)
+        seconds = {"make": making, "forward": 0.0, "compare": 0.0}
+        kept = self._nodes.setdefault(name, [])
+        tokenized = [engine.tokenize(content) for content in corpus.contents]
+        agreement = corpus.agreement(tokenized, engine.bos)
+        told = False
+        for i, window in enumerate(windows):
+            tokens = window.tokens
+            half = len(tokens) // 2
+            capture = {*ROUTING, *TRACED} if i in traced else ROUTING
+            start = time.perf_counter()
+            outputs = engine.run(tokens, first=half, capture=capture)
+            ran = time.perf_counter()
+            # The last position has no next token to score.
+            logits = outputs.logits[: len(tokens) - 1 - half]
+            comparison.add(self._reference.logits(i), logits, tokens[half + 1 :], window.domain)
+            if outputs.nodes:
+                routing.add(self._reference, i, outputs.nodes)
+                told = True
+            if i in traced:
+                kept.append(self._spill(outputs.nodes, TRACED))
+            seconds["forward"] += ran - start
+            seconds["compare"] += time.perf_counter() - ran
+        return LevelResult(
+            level=name,
+            kind=kind,
+            file_bytes=0,
+            sha256="",
+            types={},
+            fallbacks=[],
             metrics=comparison.result(),
             domains={text.domain: comparison.result(text.domain) for text in corpus.texts},
             kld_percentiles=comparison.kld_percentiles(),
-            routing=routing.layers(),
-            depth=routing.depth(),
+            routing=routing.layers() if told else [],
+            depth=routing.depth() if told else {},
             tokenizer_agreement=agreement,
             trace=None,
             thresholds={},
@@ -286,8 +332,9 @@ class _Judge:
     ) -> list[LevelResult]:
         """`results` with their traces; one pass over the reference's layers serves all."""
         windows = [self._corpus.windows[i].tokens for i in self._traced]
-        traces = tracing.trace(self._config, self._checkpoint, windows, self._nodes, tolerances)
-        return [replace(result, trace=traces[result.level]) for result in results]
+        nodes = {name: kept for name, kept in self._nodes.items() if kept}  # engines keep none
+        traces = tracing.trace(self._config, self._checkpoint, windows, nodes, tolerances)
+        return [replace(result, trace=traces.get(result.level)) for result in results]
 
     def _spill(self, nodes: Nodes, names: Collection[str]) -> Nodes:
         """`nodes` mapped from files: at full size one window's take 800 MB."""
