@@ -1,4 +1,4 @@
-"""Megrez2 in the engines others use: transformers, vLLM and SGLang. See README.md.
+"""Megrez2 in the engines others use: transformers and vLLM. See README.md.
 
 `import megrez_engines` makes transformers' Auto classes know the model. vLLM finds it by itself.
 """

@@ -69,7 +69,7 @@ def _refuse(vllm_config: VllmConfig, facts: ModelConfig) -> None:
     if vllm_config.speculative_config is not None:
         raise ConfigError("Megrez2 has no layers for speculative decoding in vLLM")
     size = parallel.tensor_parallel_size
-    for name in ("num_attention_heads", "moe_intermediate_size", "intermediate_size"):
+    for name in ("moe_intermediate_size", "intermediate_size"):  # vLLM looks at heads itself
         if getattr(facts, name) % size:
             raise ConfigError(
                 f"--tensor-parallel-size {size} does not divide {name} = {getattr(facts, name)}"

@@ -28,7 +28,6 @@ class Runner(Protocol):
 
     tokenizer: Any
     version: str
-    dtype: str
     weights: int  # bytes of them in memory, on all devices
 
     def run(self, tokens: list[int], first: int, capture: list[str], to: str) -> Nodes:
@@ -54,7 +53,7 @@ class TransformersRunner:
             **{name: value for name, value in given.items() if value},
         ).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        self.version, self.dtype = f"transformers {transformers.__version__}", dtype
+        self.version = f"transformers {transformers.__version__}"
         stored = self.model.state_dict().values()
         self.weights = sum({t.data_ptr(): t.nbytes for t in stored}.values())
         self._kept: dict[tuple[str, int], NDArray[Any]] = {}
@@ -123,7 +122,7 @@ class VllmRunner:
         if self.tells:
             self.model.collective_rpc("probe_start")
         self.tokenizer = self.model.get_tokenizer()
-        self.version, self.dtype = f"vllm {vllm.__version__}", dtype
+        self.version = f"vllm {vllm.__version__}"
         self.n_vocab = self.model.model_config.get_vocab_size()
 
     def run(self, tokens: list[int], first: int, capture: list[str], to: str) -> Nodes:
@@ -167,7 +166,6 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         starts = bool(sample) and sample[0] == runner.tokenizer.bos_token_id
         answer(
             version=runner.version,
-            dtype=runner.dtype,
             weights=runner.weights,
             bos=sample[0] if starts else None,
         )

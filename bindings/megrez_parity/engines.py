@@ -71,8 +71,8 @@ class EngineSpec:
         return KINDS[self.options.get("dtype", "float32")]
 
 
-def _environment(spec: EngineSpec) -> dict[str, str]:
-    """Defaults, each overridden by the variable of the same name."""
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """Variables of an engine's process; one that is set already prevails."""
     processes = int(spec.options.get("tp", 1)) * int(spec.options.get("pp", 1))
     return {
         "HF_HUB_OFFLINE": "1",
@@ -104,7 +104,7 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env=_environment(spec) | os.environ,
+                env=environment(spec) | os.environ,
                 start_new_session=True,
             )
         except OSError as e:
