@@ -140,14 +140,23 @@ class MegrezMoePreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers', which would make up what is missing; here that is a CheckpointError."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        where = args[0] if args else "the checkpoint"
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except RuntimeError as e:
+            if "report" not in str(e):  # in which transformers tells what does not fit
+                raise
+            raise CheckpointError(
+                f"{where}: experts are missing, or tensors have other shapes than config.json says "
+                "(transformers' report names them): download it again, and compare it with its "
+                "index by megrez-gguf verify"
+            ) from e
         # The family's code has biases here as well, and published weights need not.
         lacking = (name for name in info["missing_keys"] if not name.endswith("o_proj.bias"))
         if missing := sorted(lacking):
             raise CheckpointError(
-                f"{args[0] if args else 'the checkpoint'}: {len(missing)} tensors are missing, "
-                f"{missing[0]} first: download it again, and compare it with its index by "
-                "megrez-gguf verify"
+                f"{where}: {len(missing)} tensors are missing, {missing[0]} first: download it "
+                "again, and compare it with its index by megrez-gguf verify"
             )
         return (model, info) if output_loading_info else model
 

@@ -45,8 +45,9 @@ from vllm.sequence import IntermediateTensors
 
 from megrez_engines.configuration import MegrezMoeConfig
 from megrez_engines.routing import Rule, select
+from megrez_engines.weights import complete
 from megrez_gguf.checkpoint.config import ModelConfig
-from megrez_gguf.errors import CheckpointError, ConfigError
+from megrez_gguf.errors import ConfigError
 
 # Where adapters may be: the rest of a layer is in the runner of its experts.
 LORA_MODULES = ("qkv_proj", "o_proj")
@@ -331,6 +332,8 @@ class MegrezMoeForCausalLM(nn.Module, SupportsPP, SupportsLoRA):  # type: ignore
         super().__init__()
         config: MegrezMoeConfig = vllm_config.model_config.hf_config
         self.config = config
+        self.in_parts = vllm_config.load_config.load_format == "dummy"
+        self.weight_bytes: int | None = None  # known once there are weights
         self.model = MegrezMoeModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
         if get_pp_group().is_last_rank:
@@ -361,23 +364,22 @@ class MegrezMoeForCausalLM(nn.Module, SupportsPP, SupportsLoRA):  # type: ignore
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load this stage's share of `weights`, named as in a checkpoint.
+        """Load this stage's share of `weights`, named as in a checkpoint; the parameters loaded.
 
-        Raises CheckpointError naming what is missing.
+        Raises CheckpointError naming what is missing, unless the engine was started without
+        weights and gets them later, a part at a time.
         """
+        if not self.in_parts:
+            weights = complete(weights, self.config.facts())
         if self.config.tie_word_embeddings:
             weights = ((name, w) for name, w in weights if not name.startswith("lm_head."))
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
         parameters = dict(self.named_parameters())
         # The family's code has biases here as well, and published weights need not.
-        for name in {n for n in parameters.keys() - loaded if n.endswith("o_proj.bias")}:
-            parameters[name].data.zero_()
-            loaded.add(name)
-        if missing := sorted(parameters.keys() - loaded):
-            raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} tensors, {missing[0]} first: download it "
-                "again, and compare it with its index by megrez-gguf verify"
-            )
+        optional = {name for name in parameters if name.endswith("o_proj.bias")}
+        if self.weight_bytes is None:  # not at a later part
+            for name in optional:
+                parameters[name].data.zero_()
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights) | optional
         # Here, as kernels for CPUs put weights where no parameter shows them.
         self.weight_bytes = sum(parameter.nbytes for parameter in parameters.values())
         return loaded

@@ -254,10 +254,7 @@ def plan(checkpoint: Checkpoint) -> Layout:
     for name, tensors in stored.items():
         for tensor in tensors:
             _check(tensor, expected[name].shape(config))
-    missing = [
-        n for rule, _, names in placed if not rule.optional for n in names if n not in stored
-    ]
-    if missing:
+    if missing := [name for name in required(config) if name not in stored]:
         raise CheckpointError(f"{checkpoint.folder}: {_list(missing)}: {_why(missing, checkpoint)}")
     _check_optional(config, stored, checkpoint.folder)
     weights = {n: _kept(n, tensors, checkpoint.index) for n, tensors in stored.items()}
@@ -278,6 +275,12 @@ def plan(checkpoint: Checkpoint) -> Layout:
     ]
     notes = _compare_index(checkpoint, weights.values())
     return Layout(tuple(targets), weights, tuple(skipped), tuple(copies), notes)
+
+
+def required(config: ModelConfig) -> list[str]:
+    """The published names of the tensors without which there is no model."""
+    kinds = [(rule, layer) for rule, layer in _placed(config) if not rule.optional]
+    return [name for rule, layer in kinds for name in _source_names(rule, config, layer)]
 
 
 def check_ledger(checkpoint: Checkpoint, plan: Layout, consumed: Iterable[str]) -> None:
