@@ -27,6 +27,7 @@ EXTRAS = {
     "llama_cpp": {"megrez_cli", "megrez_engines", "megrez_gguf"},
     "transformers": {*PACKAGES} - {"megrez_engines"},
     "vllm": {*PACKAGES} - {"megrez_engines"},
+    "sglang": {*PACKAGES} - {"megrez_engines"},
 }
 MODULES = [
     (package, path) for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))

@@ -86,8 +86,8 @@ def parity(
         typer.Option(
             "--engine",
             metavar="NAME[:OPTIONS]",
-            help="Judge the checkpoint in transformers or vllm, e.g. vllm:tp=2,pp=2,python=PATH; "
-            "repeatable.",
+            help="Judge the checkpoint in transformers, vllm or sglang, e.g. vllm:tp=2,pp=2; "
+            "python=PATH names the interpreter of another environment; repeatable.",
         ),
     ] = None,
     text: Annotated[

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 from megrez_gguf.checkpoint.config import ARCHITECTURE, MODEL_TYPE
 from megrez_gguf.errors import RuntimeUnavailableError
 
+Version = tuple[int, ...]
+
 # What the tests ran with at both ends; `pyproject.toml` asks for the same.
 TRANSFORMERS = ((5, 16), (5, 25))
 VLLM = ((0, 28), (0, 34))
+SGLANG = ((0, 5, 23), (0, 5, 24))
 
 
-def require(package: str, extra: str, known: tuple[tuple[int, int], tuple[int, int]]) -> None:
+def require(package: str, extra: str, known: tuple[Version, Version]) -> None:
     """Raise RuntimeUnavailableError unless the installed `package` is of the versions `known`."""
     (first, last) = (".".join(map(str, v)) for v in known)
     found = version(package)
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if not known[0] <= (major, minor) < known[1]:
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[: len(known[0])])
+    if not known[0] <= numbers < known[1]:
         raise RuntimeUnavailableError(
             f"{package} {found} is installed, and Megrez2 needs >={first},<{last}: "
             f"pip install 'megrez-gguf[{extra}]' in an environment of its own"
@@ -61,6 +65,18 @@ def register_with_vllm() -> None:
     register_with_transformers()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"megrez_engines.vllm_model:{ARCHITECTURE}")
+
+
+def register_with_sglang() -> None:
+    """SGLang's plugin, called in each of its processes. Raises as `register_with_transformers`."""
+    require("transformers", "sglang", TRANSFORMERS)
+    require("sglang", "sglang", SGLANG)
+    register_with_transformers()
+    from sglang.srt.models.registry import ModelRegistry
+
+    from megrez_engines.sglang_model import MegrezMoeForCausalLM
+
+    ModelRegistry.models[ARCHITECTURE] = MegrezMoeForCausalLM
 
 
 def _installed(package: str) -> bool:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
@@ -146,7 +148,64 @@ class VllmRunner:
         return [at for rank in ranks for at in rank]
 
 
-RUNNERS = {"transformers": TransformersRunner, "vllm": VllmRunner}
+class SglangRunner:
+    """Options: `dtype`, `tp`, `pp`, `chunked_prefill_size`. Without a GPU it runs on the CPU."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        context: int,
+        dtype: str = "float32",
+        tp: str = "1",
+        pp: str = "1",
+        chunked_prefill_size: str = "-1",
+    ) -> None:
+        import torch
+
+        more: dict[str, Any] = {}
+        if not torch.cuda.is_available():
+            os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # read when SGLang is imported
+            more = {"device": "cpu", "attention_backend": "torch_native"}
+            more["mem_fraction_static"] = 0.9  # of what is free; its own guess can be below zero
+        import sglang
+
+        from megrez_engines import sglang_probe
+
+        self.folder = Path(tempfile.mkdtemp())
+        self.take = sglang_probe.take
+        self.model = sglang.Engine(
+            model_path=checkpoint,
+            dtype=dtype,
+            tp_size=int(tp),
+            pp_size=int(pp),
+            context_length=context + 8,  # it generates a token, and keeps some back
+            max_total_tokens=2 * context,
+            chunked_prefill_size=int(chunked_prefill_size),
+            disable_radix_cache=True,
+            cuda_graph_backend_decode="disabled",
+            cuda_graph_backend_prefill="disabled",
+            forward_hooks=sglang_probe.hooks(self.folder),
+            **more,
+        )
+        self.tokenizer = self.model.tokenizer_manager.tokenizer
+        self.version = f"sglang {sglang.__version__}"
+        self._generate([0])
+        self.weights = sum(int(path.read_text()) for path in self.folder.glob("weights.*"))
+
+    def _generate(self, tokens: list[int]) -> dict[tuple[str, int], NDArray[Any]]:
+        self.model.generate(input_ids=tokens, sampling_params={"max_new_tokens": 1})
+        return self.take(self.folder)
+
+    def run(self, tokens: list[int], first: int, capture: list[str], to: str) -> Nodes:
+        found = self._generate(tokens)
+        np.save(to + ".npy", found["logits", 0][first:-1])
+        nodes = [at for at in found if at[0] in capture]
+        for name, layer in nodes:
+            np.save(f"{to}.{name}.{layer}.npy", found[name, layer])
+        return nodes
+
+
+RUNNERS = {"transformers": TransformersRunner, "vllm": VllmRunner, "sglang": SglangRunner}
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
@@ -159,7 +218,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     try:
         job = json.loads(requests.readline())
         options = dict(job["options"])
-        if job["engine"] == "vllm":
+        if job["engine"] != "transformers":
             options["context"] = job["context"]
         runner: Runner = RUNNERS[job["engine"]](job["checkpoint"], **options)
         sample = runner.tokenizer("a").input_ids

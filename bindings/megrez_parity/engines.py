@@ -30,6 +30,7 @@ from megrez_llama.engine import Outputs
 OPTIONS = {
     "transformers": ("dtype", "attention", "experts"),
     "vllm": ("dtype", "tp", "pp", "max_num_batched_tokens"),
+    "sglang": ("dtype", "tp", "pp", "chunked_prefill_size"),
 }
 # The level whose bounds a precision has, and how tensors of it are called.
 KINDS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -59,7 +60,7 @@ class EngineSpec:
             options[key] = value
         if options.get("dtype", "float32") not in KINDS:
             raise ConfigError(f"{text}: dtype is one of {', '.join(KINDS)}")
-        for key in {"tp", "pp", "max_num_batched_tokens"} & options.keys():
+        for key in options.keys() & {"tp", "pp", "max_num_batched_tokens", "chunked_prefill_size"}:
             if not options[key].isdecimal() or options[key] == "0":
                 raise ConfigError(f"{text}: {key} is a number from 1 on")
         python = options.pop("python", sys.executable)
@@ -74,14 +75,20 @@ class EngineSpec:
 def environment(spec: EngineSpec) -> dict[str, str]:
     """Variables of an engine's process; one that is set already prevails."""
     processes = int(spec.options.get("tp", 1)) * int(spec.options.get("pp", 1))
-    return {
+    variables = {
         "HF_HUB_OFFLINE": "1",
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # as VLLM_ALLOW_LONG_MAX_MODEL_LEN
         "OMP_NUM_THREADS": str(max(1, available_cpus() // processes)),
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a window and the token vLLM must add to it
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it most of the memory that is free
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # processes may share CPUs
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if processes > 1:  # without it SGLang wants a NUMA node for each
+        cpus = sorted(os.sched_getaffinity(0))
+        bind = "|".join(str(cpus[i % len(cpus)]) for i in range(processes))
+        variables["SGLANG_CPU_OMP_THREADS_BIND"] = bind
+    return variables
 
 
 class EngineProcess:

@@ -58,9 +58,10 @@ def test_harmed_it_is_caught(
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("jax", "known: transformers, vllm"),
+        ("jax", "known: transformers, vllm, sglang"),
         ("vllm:tp", "tp=..."),
         ("vllm:tp=two", "number"),
+        ("sglang:chunked_prefill_size=0", "number"),
         ("transformers:tp=2", "no option of transformers"),
         ("transformers:dtype=int8", "dtype is one of"),
     ],

@@ -204,13 +204,21 @@ def test_pipeline(pocket: Any) -> None:
     assert answer["generated_text"].startswith("Once upon a time")
 
 
-def test_a_lacking_tensor_is_not_made_up(make: Make) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.3.mlp.gate.weight", r"model\.layers\.3\.mlp\.gate\.weight .*verify"),
+        ("model.layers.2.mlp.experts.3.up_proj.weight", "experts are missing.*verify"),
+        ("model.layers.2.mlp.experts.0.down_proj.weight", "experts are missing.*verify"),
+    ],
+)
+def test_a_lacking_tensor_is_not_made_up(make: Make, name: str, words: str) -> None:
     folder = make(options={"shard_bytes": 10**9})
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    del tensors["model.layers.3.mlp.gate.weight"]
+    del tensors[name]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.mlp\.gate\.weight .*verify"):
+    with pytest.raises(CheckpointError, match=words):
         load(folder)
 
 
@@ -231,8 +239,22 @@ def test_refused_as_the_converter_refuses(make: Make, fields: dict[str, Any], wo
         AutoConfig.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("found", ["4.53.3", "5.25.0"])
-def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(registration, "version", lambda package: found)
-    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'megrez-gguf\[transformers\]'"):
-        registration.register_with_transformers()
+@pytest.mark.parametrize(
+    ("package", "found"),
+    [
+        ("transformers", "4.53.3"),
+        ("transformers", "5.25.0"),
+        ("vllm", "0.10.1.1"),
+        ("vllm", "0.34.0rc1"),
+        ("sglang", "0.5.22"),
+        ("sglang", "0.5.24"),
+        ("sglang", "0.6"),
+    ],
+)
+def test_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, package: str, found: str
+) -> None:
+    versions = {"transformers": "5.19.0", "vllm": "0.32.0", package: found}
+    monkeypatch.setattr(registration, "version", versions.__getitem__)
+    with pytest.raises(RuntimeUnavailableError, match=rf"pip install 'megrez-gguf\[{package}\]'"):
+        getattr(registration, f"register_with_{package}")()

@@ -17,7 +17,7 @@ SABOTAGES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "no pre-gate": [
         (file, "previous if self.pre_gate and previous is not None else h", "h")
-        for file in ("transformers_model.py", "vllm_model.py")
+        for file in ("transformers_model.py", "vllm_model.py", "sglang_model.py")
     ],
     "sharing shifted": [
         (
@@ -29,6 +29,11 @@ SABOTAGES: dict[str, list[tuple[str, str, str]]] = {
             "vllm_model.py",
             "pools.get(facts.pool_layer(index), (index, None))",
             "next(iter(pools.values()), (index, None))",
+        ),
+        (
+            "sglang_model.py",
+            "pools.get(owner, (layer_id, None))",
+            "next(iter(pools.values()), (layer_id, None))",
         ),
     ],
     "the first bias for all": [
@@ -45,6 +50,18 @@ SABOTAGES: dict[str, list[tuple[str, str, str]]] = {
             "MegrezRouter(config.rule(), n_experts, bias)",
             "MegrezRouter(config.rule(), n_experts, pool.router.bias if pool else bias)",
         ),
+        (
+            "sglang_model.py",
+            "self.rule = config.rule()",
+            "self.rule, self.owner = config.rule(), facts.pool_layer(layer_id)",
+        ),
+        (
+            "sglang_model.py",
+            "select(self.rule, gating_output, self.e_score_correction_bias)",
+            "select(self.rule, gating_output, "
+            "FIRST.setdefault(self.owner, self.e_score_correction_bias))",
+        ),
+        ("sglang_model.py", "LORA_MODULES = (", "FIRST = {}\nLORA_MODULES = ("),
     ],
 }  # fmt: skip
 
