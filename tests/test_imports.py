@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the top down: each may import those below it.
 PACKAGES = {
     "megrez_cli": ROOT / "bindings" / "megrez_cli",
+    "megrez_eval": ROOT / "bindings" / "megrez_eval",
     "megrez_parity": ROOT / "bindings" / "megrez_parity",
     "megrez_runtime": ROOT / "bindings" / "megrez_runtime",
     "megrez_engines": ROOT / "bindings" / "megrez_engines",
@@ -28,6 +29,7 @@ EXTRAS = {
     "transformers": {*PACKAGES} - {"megrez_engines"},
     "vllm": {*PACKAGES} - {"megrez_engines"},
     "sglang": {*PACKAGES} - {"megrez_engines"},
+    "lm_eval": {*PACKAGES} - {"megrez_eval"},
 }
 MODULES = [
     (package, path) for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))

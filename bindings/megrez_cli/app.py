@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from megrez_cli import console, files, measuring, running, serving, signals, streams
+from megrez_cli import console, evaluating, files, measuring, running, serving, signals, streams
 from megrez_gguf.errors import MegrezError
 
 # The base of what is wrong with a call; typer gives it no public name.
@@ -120,11 +120,12 @@ for command in (
     files.inspect,
     measuring.parity,
     measuring.search,
+    evaluating.eval_,
     running.chat,
     serving.serve,
     running.bench,
 ):
-    app.command(cls=_Command)(command)
+    app.command(command.__name__.rstrip("_"), cls=_Command)(command)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,6 @@ prompt is cut at the control tokens that the template itself wrote.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megrez_gguf.errors import GGUFError
 from megrez_llama.patched import require_patched
+from megrez_llama.pieces import piece
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -106,13 +106,7 @@ class ChatTemplate:
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; none for a control token."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            count = self._c.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-            if count >= 0:
-                return buffer.raw[:count]
-            size = -count
+        return piece(self._vocab, token)
 
     # --- rendering ---
 
@@ -256,9 +250,9 @@ class ChatTemplate:
     def _cut(self, prompt: str, veil: _Veil) -> list[int]:
         """Token ids of a piece of a prompt: of the control tokens in it, and of what is between."""
         ids: list[int] = []
-        for n, piece in enumerate(self._written.split(prompt)):
+        for n, part in enumerate(self._written.split(prompt)):
             written = n % 2 == 1
-            ids += self._tokens(piece, True) if written else self._plain(veil.lifted(piece))
+            ids += self._tokens(part, True) if written else self._plain(veil.lifted(part))
         return ids
 
     def _plain(self, text: str) -> list[int]:

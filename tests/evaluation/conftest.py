@@ -1,0 +1,37 @@
+"""Tasks of the pocket model's own domain, and its file opened as the harness's model."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the libraries are imported: nothing is fetched.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megrez_eval.gguf_lm import GgufLM
+from support import eval_tasks
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return eval_tasks.write(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def opened(pocket_gguf: Callable[..., Path]) -> Iterator[Callable[..., GgufLM]]:
+    """opened(outtype, **options) -> a GgufLM of the pocket checkpoint."""
+    made: list[GgufLM] = []
+
+    def make(outtype: str = "f32", **options: Any) -> GgufLM:
+        made.append(GgufLM(pocket_gguf(outtype), n_threads=2, **options))
+        return made[-1]
+
+    yield make
+    for lm in made:
+        lm.close()

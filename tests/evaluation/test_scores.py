@@ -1,0 +1,99 @@
+"""A score is the model's own: what the torch reference gives, whatever was asked before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from megrez_eval.gguf_lm import GgufLM
+from megrez_gguf.checkpoint.shards import Checkpoint
+from megrez_parity.reference import CheckpointWeights, forward
+from support import eval_tasks
+from support.paths import HELDOUT, POCKET
+
+# The KV cache is narrower unless it is asked not to be.
+EXACT = {"type_k": 0, "type_v": 0}
+
+
+def asked(pairs: Sequence[tuple[str, ...]], kind: str = "loglikelihood") -> list[Instance]:
+    return [Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Callable[[list[int], int], tuple[float, bool]]:
+    config = Checkpoint.open(POCKET).config
+    weights = dict(CheckpointWeights(POCKET, torch.float64))
+
+    def score(tokens: list[int], first: int) -> tuple[float, bool]:
+        logits = forward(config, weights, torch.tensor([tokens]))[0]
+        rows = logits.log_softmax(-1)[first - 1 : -1]
+        wanted = torch.tensor(tokens[first:])
+        total = rows.gather(1, wanted[:, None]).sum()
+        return float(total), bool((rows.argmax(-1) == wanted).all())
+
+    return score
+
+
+def test_every_choice_of_a_task_is_the_references(
+    opened: Callable[..., GgufLM], reference: Callable[[list[int], int], tuple[float, bool]]
+) -> None:
+    lm = opened(**EXACT)
+    docs = eval_tasks.cloze(12)
+    pairs = [(doc["context"], choice) for doc in docs for choice in doc["choices"]]
+    random.Random(1).shuffle(pairs)
+    for pair, (score, greedy) in zip(pairs, lm.loglikelihood(asked(pairs)), strict=True):
+        context, continuation = lm._encode_pair(*pair)
+        want, likeliest = reference(context + continuation, len(context))
+        assert score == pytest.approx(want, abs=2e-4)
+        assert greedy == likeliest
+
+
+def test_a_likeliest_continuation_is_said_to_be(opened: Callable[..., GgufLM]) -> None:
+    lm = opened()
+    prompt = lm.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}])
+    answer = "The capital of France is Paris."
+    (_, greedy), (_, other) = lm.loglikelihood(
+        asked([(prompt, answer), (prompt, answer.replace("Paris", "Rome"))])
+    )
+    assert greedy
+    assert not other
+
+
+def test_what_was_asked_before_changes_nothing(opened: Callable[..., GgufLM]) -> None:
+    lm = opened(**EXACT)
+    pairs = [(doc["context"], c) for doc in eval_tasks.cloze(6) for c in doc["choices"]]
+    # Of one token, of several, and of many batches of outputs.
+    pairs += [("A", " b"), ("A", " c d"), ("", "The"), ("x", " " + "the king of " * 60)]
+    together = np.array([score for score, _ in lm.loglikelihood(asked(pairs))])
+    alone = []
+    for pair in pairs:
+        lm._scorer.release()
+        alone.append(lm.loglikelihood(asked([pair]))[0][0])
+    assert np.allclose(together, alone, atol=2e-4)
+
+
+def test_texts_longer_than_the_context_are_scored_in_windows(
+    opened: Callable[..., GgufLM], reference: Callable[[list[int], int], tuple[float, bool]]
+) -> None:
+    lm = opened(n_ctx=256, **EXACT)
+    text = (HELDOUT / "en.txt").read_text("utf-8")[:2500]
+    tokens = [lm.prefix_token_id, *lm.tok_encode(text, add_special_tokens=False)]
+    assert len(tokens) > 2 * 256
+    (score,) = lm.loglikelihood_rolling(asked([(text,)], "loglikelihood_rolling"))
+    whole, rest = divmod(len(tokens) - 1, 256)
+    want = sum(reference(tokens[256 * i : 256 * i + 257], 1)[0] for i in range(whole))
+    assert rest  # the last window has a whole context, and is scored where it is new
+    want += reference(tokens[-257:], 257 - rest)[0]
+    assert score == pytest.approx(want, abs=2e-3)
+    assert lm.cut == 0
+
+
+def test_a_context_that_is_too_long_is_counted(opened: Callable[..., GgufLM]) -> None:
+    lm = opened(n_ctx=256)
+    lm.loglikelihood(asked([("a b c " * 300, " d"), ("a", " b")]))
+    assert lm.cut == 1
