@@ -109,6 +109,14 @@ def parity(
             "--report", parser=options.path, help="Folder for report.html, .json and .md."
         ),
     ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            parser=options.path,
+            help="Folder that `eval --out` wrote, to show in the report.",
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -174,6 +182,7 @@ def parity(
         texts=text or (),
         files=gguf or (),
         engines=engine or (),
+        answers=answers,
         n_ctx=ctx,
         n_windows=windows,
         trace=trace,

@@ -28,6 +28,8 @@ MAIN = (
     "exact_match", "acc", "pass@1", "pass_at_1", "prompt_level_strict_acc", "math_verify",
     "acc_norm", "bits_per_byte",
 )  # fmt: skip
+EXAMPLES = 5  # of what was lost, kept for each difference
+LONG = 600  # characters of a question or an answer that are shown
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 
@@ -57,14 +59,25 @@ class ModelResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """A question that the first model answered right, and the second did not."""
+
+    number: int
+    question: str  # its end, where that is long
+    target: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
-    """What changed from `first` to `second` on one task."""
+    """What changed from `first` to `second` on one task, with some of what was lost."""
 
     task: str
     first: str
     second: str
     flips: Flips
-    examples: tuple[int, ...]  # numbers of questions that were lost
+    examples: tuple[Example, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +141,7 @@ def evaluate(
         "tasks": list(tasks), "limit": limit, "fewshot": fewshot, "chat": chat, "system": system,
         "seed": seed,
     }  # fmt: skip
-    return Evaluation(tuple(results), tuple(_differences(results)), samples, settings)
+    return Evaluation(tuple(results), tuple(_differences(results, samples)), samples, settings)
 
 
 def _run(
@@ -211,7 +224,9 @@ def _chance(config: Mapping[str, Any], samples: Sequence[Any]) -> float | None:
     return float(sum(1 / len(sample["arguments"]) for sample in samples) / len(samples))
 
 
-def _differences(results: Sequence[ModelResult]) -> Iterator[Difference]:
+def _differences(
+    results: Sequence[ModelResult], samples: Mapping[str, Mapping[str, Sequence[Any]]]
+) -> Iterator[Difference]:
     if not results:
         return
     before = {(task.task, task.filter): task for task in results[0].tasks}
@@ -221,5 +236,27 @@ def _differences(results: Sequence[ModelResult]) -> Iterator[Difference]:
             a, b = list(old.right.values()), [task.right[number] for number in old.right]
             if not a or not set(a) | set(b) <= {0, 1}:
                 continue
-            lost = tuple(n for n in old.right if old.right[n] > task.right[n])
-            yield Difference(task.task, results[0].model, result.model, flips(a, b), lost)
+            lost = [n for n in old.right if old.right[n] > task.right[n]]
+            first, second = (
+                {s["doc_id"]: s for s in samples[model][task.task] if s["filter"] == task.filter}
+                for model in (results[0].model, result.model)
+            )
+            examples = tuple(_example(n, first[n], second[n]) for n in lost[:EXAMPLES])
+            yield Difference(task.task, results[0].model, result.model, flips(a, b), examples)
+
+
+def _example(number: int, first: Mapping[str, Any], second: Mapping[str, Any]) -> Example:
+    question = str(first["arguments"][0][0])
+    target = first["target"]
+    choices = [arguments[1] for arguments in first["arguments"]]
+    if len(choices) > 1 and isinstance(target, int):
+        target = choices[target]
+    return Example(number, question[-LONG:], str(target)[-LONG:], _said(first), _said(second))
+
+
+def _said(sample: Mapping[str, Any]) -> str:
+    """The answer given, or of choices the one that is likeliest."""
+    if len(sample["arguments"]) > 1:
+        scores = [responses[0][0] for responses in sample["resps"]]
+        return str(sample["arguments"][scores.index(max(scores))][1])
+    return str(sample["resps"][0][0])[-LONG:]

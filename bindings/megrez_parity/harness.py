@@ -32,6 +32,7 @@ from megrez_llama import ARCH
 from megrez_llama.engine import Engine
 from megrez_llama.nodes import ROUTING, TRACED
 from megrez_llama.patched import require_gpu
+from megrez_parity.answers import read as read_answers
 from megrez_parity.engines import EngineProcess, EngineSpec
 from megrez_parity.level_files import LEVELS, Made, Maker, canonical, check, level_of, types_of
 from megrez_parity.provenance import cache_folder, checkpoint_sha256, file_sha256, provenance
@@ -64,6 +65,7 @@ def measure(
     texts: Sequence[Path] = (),
     files: Sequence[Path] = (),
     engines: Sequence[str] = (),
+    answers: Path | None = None,
     n_ctx: int = 512,
     n_windows: int = 4,
     trace: bool = False,
@@ -94,7 +96,7 @@ def measure(
     what 0 does, which is exact. All other margins have no thresholds; `say` is told their speed.
     `n_gpu_layers` is as for `megrez_llama.engine.Engine`. `engines` run the checkpoint itself
     (`engines.EngineSpec`), are held to the bounds of the level that has their precision, and are
-    not traced.
+    not traced. `answers` is a folder that `megrez-gguf eval` wrote, for the report.
 
     Raises MegrezError: margins without a cache, an unknown level, no text or one shorter than a
     window, a file of another model or vocabulary, a cache of another reference, and whatever the
@@ -109,6 +111,7 @@ def measure(
     if n_gpu_layers:
         require_gpu()  # here, not after the reference: that can take an hour
     specs = [EngineSpec.parse(text) for text in dict.fromkeys(engines)]
+    answered = read_answers(answers) if answers else None
     bounds = Thresholds.load(thresholds)
     source = Checkpoint.find(checkpoint, revision=revision, say=say)
     config, folder = source.config, source.folder
@@ -191,6 +194,7 @@ def measure(
             audit=audit(source, reference),
             provenance=provenance(weights, command),
             levels=results,
+            answers=answered,
         )
 
 

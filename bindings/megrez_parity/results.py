@@ -201,6 +201,53 @@ class ReferenceRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """One model's score on one task, as `megrez-gguf eval` found it."""
+
+    model: str
+    task: str
+    metric: str
+    n: int
+    value: float
+    low: float
+    high: float
+    chance: float | None  # what guessing scores
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A question that the first model answered right, and the second did not."""
+
+    question: str
+    target: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flipped:
+    """How many answers to one task changed between two models; `p` is McNemar's exact test."""
+
+    task: str
+    first: str
+    second: str
+    n: int
+    lost: int
+    won: int
+    p: float
+    least: float  # the smallest difference of scores that so many flips could show
+    examples: list[Lost]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What models answered to the questions of benchmarks."""
+
+    scores: list[Answered]
+    flips: list[Flipped]
+
+
+@dataclass(frozen=True, slots=True)
 class ParityReport:
     """All levels of one checkpoint over the same windows of text."""
 
@@ -211,6 +258,7 @@ class ParityReport:
     audit: Audit | None
     provenance: dict[str, str]
     levels: list[LevelResult]
+    answers: Answers | None = None
     schema: int = field(default=SCHEMA_VERSION)
 
     @property

@@ -17,8 +17,9 @@ import jsonschema
 import pytest
 
 from megrez_cli import main
-from megrez_gguf.errors import OutputError, RuntimeUnavailableError
+from megrez_gguf.errors import OutputError, RuntimeUnavailableError, SourceError
 from megrez_parity import results
+from megrez_parity.answers import read as read_answers
 from megrez_parity.report import prepare, print_table, schema, write
 from megrez_parity.report.html import render as page
 from megrez_parity.report.markdown import render as markdown
@@ -140,7 +141,7 @@ def test_the_schema_is_strict_and_explains_every_field() -> None:
                 yield from objects(value)
 
     found = list(objects(schema()))
-    assert len(found) == 12  # one for each dataclass of results.py
+    assert len(found) == 16  # one for each dataclass of results.py
     for part in found:
         assert part["additionalProperties"] is False
         assert part["required"] == list(part["properties"])
@@ -473,3 +474,38 @@ def test_a_browser_shows_it_on_a_desk_in_the_light(tmp_path: Path) -> None:
     assert (found["labels"], found["met"]) == (20, 0)
     assert brightness(found["ink"]) < 0.2 < 0.9 < brightness(found["background"])
     assert brightness(found["title"]) < 0.3
+
+
+ANSWERS = results.Answers(
+    [
+        results.Answered("q8_0", "arc", "acc", 1200, 0.5, 0.47, 0.53, 0.25),
+        results.Answered("<b>q2_k</b>", "arc", "acc", 1200, 0.26, 0.23, 0.29, 0.25),
+    ],
+    [
+        results.Flipped(
+            "arc", "q8_0", "<b>q2_k</b>", 1200, 300, 12, 1e-30, 0.03,
+            [results.Lost("Which?\n<i>A</i>|B", " A", " A", " B")],
+        )
+    ],
+)  # fmt: skip
+
+
+def test_answers_are_shown_beside_the_divergence(tmp_path: Path) -> None:
+    report = dataclasses.replace(reports.report(["q4_0"], layers=4), answers=ANSWERS)
+    validate(report)
+    html, text = page(report), markdown(report)
+    for shown in (html, text):
+        assert "Does it still answer?" in shown
+        assert "26.0%, at chance" in shown or "26.00%, at chance" in shown
+        assert "worse" in shown
+        assert "<b>q2_k" not in shown
+        assert "<i>A" not in shown
+    assert "Does it still answer?" not in page(dataclasses.replace(report, answers=None))
+
+
+def test_what_eval_writes_is_read(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="megrez-gguf eval --out writes it"):
+        read_answers(tmp_path)
+    (tmp_path / "results.json").write_text('{"models": 1}', "utf-8")
+    with pytest.raises(SourceError, match="not what megrez-gguf eval"):
+        read_answers(tmp_path)

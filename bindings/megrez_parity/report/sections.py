@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megrez_parity.report import judgement, layers, origin
+from megrez_parity.report.answers import answered
 from megrez_parity.report.content import Section
 from megrez_parity.report.words import clean
 from megrez_parity.results import ParityReport
@@ -37,4 +38,7 @@ def sections(report: ParityReport) -> list[Section]:
         origin.audit,
         origin.provenance,
     ]
-    return [make(report) for make in made]
+    found = [make(report) for make in made]
+    if report.answers:
+        found.insert(made.index(layers.routing), answered(report.answers))
+    return found
