@@ -78,6 +78,10 @@ def eval_(
         ),
     ] = False,
     ctx: Annotated[int | None, typer.Option(min=1, help="Tokens of context.")] = None,
+    cache_type: Annotated[
+        Literal["f32", "f16", "q8_0", "q5_1", "q4_0"],
+        typer.Option(help="Type of the KV cache; f16 is how files are run."),
+    ] = "f16",
     ram: options.Ram = "auto",
     expert_cache: options.ExpertCache = None,
     threads: options.Threads = None,
@@ -125,8 +129,8 @@ def eval_(
     with console.progress("Asking", "questions") as progress:
         common = {"seed": seed, "progress": progress}
         file_options = common | {
-            "n_ctx": ctx, "ram": ram, "expert_cache": expert_cache, "n_threads": threads,
-            "sampling": sampling,
+            "n_ctx": ctx, "cache": cache_type, "ram": ram, "expert_cache": expert_cache,
+            "n_threads": threads, "sampling": sampling,
         }  # fmt: skip
         models: dict[str, candidates.Open] = {}
         if levels:

@@ -9,11 +9,7 @@ from lm_eval.api.registry import get_model
 
 from megrez_gguf.errors import ConfigError, RuntimeUnavailableError
 
-# Our name -> the harness's, and what each wants to know beside the checkpoint.
-ENGINES = {
-    "transformers": ("hf", {"dtype": "bfloat16"}),
-    "vllm": ("vllm", {"dtype": "bfloat16"}),
-}
+ENGINES = {"transformers": "hf", "vllm": "vllm"}  # our name -> the harness's
 
 
 def open_engine(text: str, checkpoint: str) -> LM:
@@ -24,12 +20,16 @@ def open_engine(text: str, checkpoint: str) -> LM:
     name, _, rest = text.partition(":")
     if name not in ENGINES:
         raise ConfigError(f"no engine is called {name}; known: {', '.join(ENGINES)}")
-    theirs, options = ENGINES[name]
     given: dict[str, Any] = dict(part.split("=", 1) for part in rest.split(",") if "=" in part)
     try:
+        import torch
+
         import megrez_engines  # noqa: F401
 
-        return get_model(theirs)(pretrained=checkpoint, **{**options, **given})
+        options = {"dtype": "bfloat16"}
+        if name == "transformers":  # it would ask for a GPU
+            options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return get_model(ENGINES[name])(pretrained=checkpoint, **{**options, **given})
     except ImportError as e:
         raise RuntimeUnavailableError(
             f"{name} is not here ({e}): pip install 'megrez-gguf[{name}]'"

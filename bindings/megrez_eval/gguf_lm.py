@@ -27,7 +27,7 @@ MAX_TOKENS = 1024  # of an answer, where a task does not say
 
 
 class GgufLM(TemplateLM):  # type: ignore[misc]
-    """The model in the file `path`, with a context of `n_ctx` tokens.
+    """The model in the file `path`, with a context of `n_ctx` tokens and a KV cache of `cache`.
 
     Scores are exact: float64 log-softmax of the model's logits, one sequence at a time. Answers
     are drawn as tasks say, or as the file advises, or greedily; with `seed`, the n-th repetition of
@@ -42,6 +42,7 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         path: Path,
         *,
         n_ctx: int | None = None,
+        cache: str = "f16",
         sampling: Literal["task", "advised", "greedy"] = "task",
         seed: int = 0,
         keep: Path | None = None,
@@ -50,6 +51,10 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         options.setdefault("n_outputs_max", OUTPUTS)
+        kind = getattr(require_patched(), f"GGML_TYPE_{cache.upper()}")
+        options |= {"type_k": kind, "type_v": kind}
+        # llama.cpp reads a quantized cache by flash attention only.
+        options["flash_attn"] = cache not in ("f32", "f16")
         self.llm = load(path, n_ctx=n_ctx, **options)
         self.path, self._seed = path, seed
         self._sampling = {
@@ -140,6 +145,12 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         return bool(require_patched().llama_vocab_is_eog(self._vocab, token))
 
     # --- what a harness asks ---
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any

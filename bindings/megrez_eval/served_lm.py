@@ -28,6 +28,10 @@ MAX_TOKENS = 1024  # of an answer, where a task does not say
 GENERATION = ("temperature", "top_p", "top_k", "min_p")
 
 
+class Refused(SourceError):
+    """The server took the request, and says no to it."""
+
+
 class ServedLM(LM):  # type: ignore[misc]
     """The model at `url`, e.g. http://127.0.0.1:8000/v1; `model` is its first unless given.
 
@@ -71,7 +75,8 @@ class ServedLM(LM):  # type: ignore[misc]
                 return json.load(response)
         except urllib.error.HTTPError as e:
             said = e.read(2000).decode("utf-8", "replace")
-            raise SourceError(f"{self._url}{path}: {e.code} {e.reason}: {said}") from None
+            kind = Refused if 400 <= e.code < 500 else SourceError
+            raise kind(f"{self._url}{path}: {e.code} {e.reason}: {said}") from None
         except (OSError, ValueError) as e:
             raise SourceError(f"{self._url}{path}: {e}") from None
 
@@ -103,11 +108,11 @@ class ServedLM(LM):  # type: ignore[misc]
 
     def _score(self, context: str, continuation: str) -> tuple[float, bool]:
         text = context + continuation
-        answer = self._ask(
-            "/completions", model=self.model, prompt=text, max_tokens=1, echo=True, logprobs=1,
-            temperature=0,
-        )  # fmt: skip
         try:
+            answer = self._ask(
+                "/completions", model=self.model, prompt=text, max_tokens=1, echo=True,
+                logprobs=1, temperature=0,
+            )  # fmt: skip
             choice = answer["choices"][0]
             found = choice["logprobs"]
             columns = ("tokens", "token_logprobs", "text_offset", "top_logprobs")
@@ -119,11 +124,12 @@ class ServedLM(LM):  # type: ignore[misc]
             assert all(row[1] <= 1e-3 for row in rows)
             greedy = all(row[1] >= max(row[3].values()) for row in rows)
             return float(sum(row[1] for row in rows)), greedy
-        except (KeyError, IndexError, TypeError, ValueError, AssertionError, AttributeError):
+        except (Refused, LookupError, TypeError, ValueError, AssertionError, AttributeError) as e:
+            said = f" It says: {e}" if isinstance(e, Refused) else ""
             raise ConfigError(
                 f"{self._url} does not score text that it is given (completions with echo and "
                 "logprobs), so tasks of choices and perplexities would mean nothing: ask for tasks "
-                "with answers, or run the file itself: megrez-gguf eval FILE.gguf"
+                f"with answers, or run the file itself: megrez-gguf eval FILE.gguf.{said}"
             ) from None
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

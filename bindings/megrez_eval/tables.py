@@ -51,7 +51,10 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
     for model in evaluation.models:
         for task in model.tasks:
             if task.at_chance:
-                yield f"{model.model}: {task.task} is at chance: these answers tell nothing of it."
+                yield (
+                    f"{model.model}: {task.task} is at chance, as far as {task.score.n} questions "
+                    "tell: read nothing into its score."
+                )
         if model.cut:
             yield f"{model.model}: {model.cut} texts were too long, and lost their beginnings."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from support import eval_tasks
 from support.paths import HELDOUT, POCKET
 
 # The KV cache is narrower unless it is asked not to be.
-EXACT = {"type_k": 0, "type_v": 0}
+EXACT: dict[str, Any] = {"cache": "f32"}
 
 
 def asked(pairs: Sequence[tuple[str, ...]], kind: str = "loglikelihood") -> list[Instance]:
@@ -91,6 +92,17 @@ def test_texts_longer_than_the_context_are_scored_in_windows(
     want += reference(tokens[-257:], 257 - rest)[0]
     assert score == pytest.approx(want, abs=2e-3)
     assert lm.cut == 0
+
+
+def test_a_quantized_cache_scores_otherwise_and_not_much(opened: Callable[..., GgufLM]) -> None:
+    pairs = [(doc["context"], c) for doc in eval_tasks.cloze(4) for c in doc["choices"]]
+    scores = {
+        cache: np.array([s for s, _ in opened(cache=cache).loglikelihood(asked(pairs))])
+        for cache in ("f32", "f16", "q4_0")
+    }
+    near = np.abs(scores["f16"] - scores["f32"]).max()
+    far = np.abs(scores["q4_0"] - scores["f32"]).max()
+    assert 0 < near < far < 3
 
 
 def test_a_context_that_is_too_long_is_counted(opened: Callable[..., GgufLM]) -> None:

@@ -47,6 +47,11 @@ def ignores_echo(body: dict[str, Any]) -> Any:
     return {"text": " more", "logprobs": {"content": [{"token": " more", "logprob": -1.0}]}}
 
 
+def refuses(body: dict[str, Any]) -> Any:
+    """As `megrez-gguf serve`."""
+    raise ValueError("'echo': expected false")
+
+
 def forgets_logprobs(body: dict[str, Any]) -> Any:
     return {"text": body["prompt"] + " more", "logprobs": None}
 
@@ -78,7 +83,10 @@ def serve() -> Iterator[Callable[[Answer], tuple[str, list[dict[str, Any]]]]]:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 bodies.append(body)
-                self.reply({"choices": [answer(body)]})
+                try:
+                    self.reply({"choices": [answer(body)]})
+                except ValueError as e:
+                    self.send_error(400, str(e))
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -103,7 +111,9 @@ def test_scores_are_those_of_the_continuation(serve: Any) -> None:
     assert {body["model"] for body in bodies} == {"theirs"}
 
 
-@pytest.mark.parametrize("answer", [ignores_echo, forgets_logprobs, scores_only_the_answer])
+@pytest.mark.parametrize(
+    "answer", [ignores_echo, refuses, forgets_logprobs, scores_only_the_answer]
+)
 def test_a_server_that_cannot_score_is_refused(serve: Any, tasks: Path, answer: Answer) -> None:
     url, _ = serve(answer)
     with pytest.raises(ConfigError, match="does not score"):
