@@ -21,7 +21,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from megrez_eval.statistics import Flips, Score, bits, flips, score
-from megrez_gguf.errors import ConfigError
+from megrez_gguf.errors import ConfigError, SourceError
 
 # What a task is judged by, best first, where it has several metrics.
 MAIN = (
@@ -117,6 +117,7 @@ def evaluate(
     what a model wrote. `seed` is the harness's, for drawing examples.
 
     Raises ConfigError: a task that nobody knows, or one that executes code and may not.
+    SourceError: a task's data cannot be had.
     """
     manager = TaskManager(include_path=[str(p) for p in (OWN_TASKS, include) if p])
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
@@ -134,7 +135,7 @@ def evaluate(
                 begun = time.monotonic()
                 found = _run(lm, task, manager, limit, fewshot, chat, system, allow_code, seed)
                 kept |= found["samples"]
-                parts += _results(found, time.monotonic() - begun)
+                parts += _results(task, found, time.monotonic() - begun)
             results.append(ModelResult(name, tuple(parts), getattr(lm, "cut", 0)))
         samples[name] = kept
     settings = {
@@ -155,7 +156,13 @@ def _run(
     allow_code: bool,
     seed: int,
 ) -> dict[str, Any]:
-    loaded = manager.load([task])
+    try:
+        loaded = manager.load([task])
+    except Exception as e:  # whatever the code of a task, or of what fetches its data, may raise
+        raise SourceError(
+            f"{task}: lm-evaluation-harness cannot load it ({type(e).__name__}: {e}); its data "
+            "come from Hugging Face, or from where its YAML says"
+        ) from None
     for one in loaded["tasks"].values():
         own = one.get_config("num_fewshot")
         if own is None or (fewshot is not None and own != 0):  # 0 is meant by its task
@@ -198,7 +205,25 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _results(found: Mapping[str, Any], seconds: float) -> Iterator[TaskResult]:
+def _results(asked: str, found: Mapping[str, Any], seconds: float) -> Iterator[TaskResult]:
+    """A result for each task that `asked` stands for; of several one more, of all their questions.
+
+    That is the mean over questions, as the harness gives it for MMLU, and not over tasks.
+    """
+    results = list(_each(found, seconds))
+    yield from results
+    for name, metric in dict.fromkeys((one.filter, one.metric) for one in results):
+        parts = [one for one in results if (one.filter, one.metric) == (name, metric)]
+        values = [value for one in parts for value in one.right.values()]
+        if len(parts) > 1 and values:
+            chance = None
+            if all(one.chance is not None for one in parts):
+                chance = sum((one.chance or 0) * one.score.n for one in parts) / len(values)
+            right = dict(enumerate(values))
+            yield TaskResult(asked, metric, name, score(values), chance, seconds, right)
+
+
+def _each(found: Mapping[str, Any], seconds: float) -> Iterator[TaskResult]:
     for task, samples in sorted(found["samples"].items()):
         metrics = {m for sample in samples for m in sample["metrics"]}
         metric = next((m for m in MAIN if m in metrics), None)
@@ -221,7 +246,9 @@ def _chance(config: Mapping[str, Any], samples: Sequence[Any]) -> float | None:
     """The mean share of a question's choices that are right, where there are choices."""
     if config.get("output_type") != "multiple_choice":
         return None
-    return float(sum(1 / len(sample["arguments"]) for sample in samples) / len(samples))
+    # Some tasks ask once more for each choice, without the question.
+    counts = [sum(bool(context) for context, *_ in s["arguments"]) or 1 for s in samples]
+    return sum(1 / count for count in counts) / len(counts)
 
 
 def _differences(
@@ -238,10 +265,15 @@ def _differences(
                 continue
             lost = [n for n in old.right if old.right[n] > task.right[n]]
             first, second = (
-                {s["doc_id"]: s for s in samples[model][task.task] if s["filter"] == task.filter}
+                {
+                    s["doc_id"]: s
+                    for s in samples[model].get(task.task, ())  # none of a task made of others
+                    if s["filter"] == task.filter
+                }
                 for model in (results[0].model, result.model)
             )
-            examples = tuple(_example(n, first[n], second[n]) for n in lost[:EXAMPLES])
+            shown = [n for n in lost if n in first][:EXAMPLES]
+            examples = tuple(_example(n, first[n], second[n]) for n in shown)
             yield Difference(task.task, results[0].model, result.model, flips(a, b), examples)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from megrez_eval import candidates, tables
 from megrez_eval.evaluation import Evaluation, evaluate
-from megrez_gguf.errors import ConfigError
+from megrez_gguf.errors import ConfigError, SourceError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_parity.answers import read as read_answers
 from support import eval_tasks
@@ -86,6 +86,34 @@ def test_a_level_loses_bits(pocket_gguf: Callable[..., Path], tasks: Path) -> No
 def test_a_task_nobody_knows_is_named(pocket_gguf: Callable[..., Path], tasks: Path) -> None:
     with pytest.raises(ConfigError, match="pocket_clozes"):
         asked([pocket_gguf("f32")], tasks, ["pocket_cloze", "pocket_clozes"])
+
+
+def test_data_that_are_not_there_are_told(
+    pocket_gguf: Callable[..., Path], tasks: Path, tmp_path: Path
+) -> None:
+    text = (tasks / "capitals.yaml").read_text("utf-8").replace("capitals", "absent")
+    (tmp_path / "absent.yaml").write_text(text, "utf-8")
+    with pytest.raises(SourceError, match="pocket_absent"):
+        asked([pocket_gguf("f32")], tmp_path, ["pocket_absent"])
+
+
+def test_a_group_is_all_its_questions(
+    pocket_gguf: Callable[..., Path], tasks: Path, tmp_path: Path
+) -> None:
+    text = (tasks / "cloze.yaml").read_text("utf-8")
+    for name in ("one", "two"):
+        part = text.replace("pocket_cloze", f"pocket_{name}")
+        (tmp_path / f"{name}.yaml").write_text(part, "utf-8")
+    group = "group: pocket_both\ntask: [pocket_one, pocket_two]\n"
+    (tmp_path / "both.yaml").write_text(group, "utf-8")
+    files = [pocket_gguf("f32"), pocket_gguf("q2_k")]
+    result = asked(files, tmp_path, ["pocket_both"], limit=10)
+    one, two, both = result.models[0].tasks
+    assert (one.task, two.task, both.task) == ("pocket_one", "pocket_two", "pocket_both")
+    assert both.score.n == 20
+    assert both.score.value == one.score.value
+    assert both.chance == 0.25
+    assert [d.task for d in result.differences] == ["pocket_one", "pocket_two", "pocket_both"]
 
 
 def test_code_is_executed_only_when_asked(
