@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from megrez_eval.evaluation import OWN_TASKS, evaluate
+from megrez_gguf.errors import ConfigError
 
 # A row as each dataset has them; a right answer, and wrong ones.
 ROWS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
@@ -37,6 +38,43 @@ ROWS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         {"question": "Which?", "options": list("pqrstuvwxy"), "answer": "J", "answer_index": 9},
         ['{"answer": "J"}'],
         ['{"answer": "I"}'],
+    ),
+    "megrez2_gpqa_diamond": (
+        {"Question": "Which?", "Correct Answer": " p\n"}
+        | {f"Incorrect Answer {i}": f"x{i}" for i in (1, 2, 3)},
+        ['{"answer": "B"}'],
+        ['{"answer": "A"}', '{"answer": "C"}', '{"answer": "D"}'],
+    ),
+    "megrez2_humaneval": (
+        {
+            "task_id": "x",
+            "prompt": 'from math import pi\n\n\ndef area(r):\n    """Of a circle."""\n',
+            "canonical_solution": "    return pi * r * r\n",
+            "test": "def check(candidate):\n    assert 12 < candidate(2) < 13\n",
+            "entry_point": "area",
+        },
+        [
+            "Here.\n```python\ndef area(r):\n    return pi * r**2\n```\nDone.",
+            "    return pi * r * r\n",
+            "```python\ndef area(r): return 0\n```\nNo:\n```py\ndef area(r): return 12.5\n```",
+        ],
+        [
+            "```python\ndef area(r):\n    return pi * r\n```",
+            "```python\ndef area(r): return 12.5\n```\nNo:\n```\ndef area(r): return 0\n```",
+            "```python\nraise SystemExit(0)\ndef area(r): pass\n```",
+            "I cannot.",
+            "",
+        ],
+    ),
+    "megrez2_mbpp": (
+        {
+            "text": "Write a function to add.",
+            "code": "def add(a, b): return a + b",
+            "test_list": ["assert add(1, 2) == three"],
+            "test_setup_code": "three = 3",
+        },
+        ["```python\ndef add(a, b):\n    return a + b\n```", "def add(a, b): return 3"],
+        ["```python\ndef add(a, b):\n    return a - b\n```", ""],
     ),
 }
 
@@ -70,6 +108,7 @@ def local(tmp_path: Path) -> Callable[[str], Path]:
             (tmp_path / f"{name}.yaml").unlink()
         text = (OWN_TASKS / f"{task}.yaml").read_text("utf-8").replace(task, "local")
         text = re.sub("(?m)^dataset_name:.*\n", "", text)
+        text = text.replace("test_split: train", "test_split: test")
         source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}"
         text = re.sub("(?m)^dataset_path:.*$", source, text)
         (tmp_path / "local.yaml").write_text(text, "utf-8")
@@ -83,13 +122,24 @@ def test_right_and_wrong(local: Callable[[str], Path], task: str) -> None:
     folder, (_, right, wrong) = local(task), ROWS[task]
     for text in (*right, *wrong):
         lm = Says(text)
-        result = evaluate({"x": partial(nullcontext, lm)}, ["local"], include=folder)
+        result = evaluate(
+            {"x": partial(nullcontext, lm)}, ["local"], include=folder, allow_code=True
+        )
         assert result.models[0].tasks[0].score.value == (text in right), text
     prompt, options = lm.prompts[0]
-    assert ("boxed" if "\\boxed" in right[0] else '"answer": "C"') in prompt
+    wanted = (
+        "boxed" if "\\boxed" in right[0] else '"answer": "C"' if "{" in right[0] else "```python"
+    )
+    assert wanted in prompt
     assert options["temperature"] == 0.7
     assert options["top_p"] == 0.9
     assert options["do_sample"]
+
+
+def test_code_is_not_executed_unasked(local: Callable[[str], Path]) -> None:
+    folder = local("megrez2_humaneval")
+    with pytest.raises(ConfigError, match="--allow-code-execution"):
+        evaluate({"x": partial(nullcontext, Says("pass"))}, ["local"], include=folder)
 
 
 def test_every_variant_is_tried() -> None:
