@@ -105,7 +105,8 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         raw = string.encode("utf-8", "replace")
         begin = add_special_tokens is not False
         ids: list[int] = self.llm.tokenize(raw, add_bos=begin and self._adds_bos, special=True)
-        return ids
+        # A conversation that a task has added to begins with its own.
+        return ids[1:] if begin and ids[:2] == [self.prefix_token_id] * 2 else ids
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context in self._conversations:  # it ends where the assistant begins

@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from megrez_eval.gguf_lm import GgufLM
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_parity.reference import CheckpointWeights, forward
+from megrez_runtime import expert_stats
 from support import eval_tasks
 from support.paths import HELDOUT, POCKET
 
@@ -92,6 +93,17 @@ def test_texts_longer_than_the_context_are_scored_in_windows(
     want += reference(tokens[-257:], 257 - rest)[0]
     assert score == pytest.approx(want, abs=2e-3)
     assert lm.cut == 0
+
+
+def test_experts_in_the_file_change_no_score(opened: Callable[..., GgufLM]) -> None:
+    pairs = [(doc["context"], c) for doc in eval_tasks.cloze(6) for c in doc["choices"]]
+    # Equal batches, as the sums of a batch depend on its size.
+    whole = opened("q4_0", n_ubatch=32).loglikelihood(asked(pairs))
+    lm = opened("q4_0", n_ubatch=32, expert_cache=1 << 20)
+    assert lm.loglikelihood(asked(pairs)) == whole
+    stats = expert_stats(lm.llm)
+    assert stats is not None
+    assert stats.slots < stats.experts
 
 
 def test_a_quantized_cache_scores_otherwise_and_not_much(opened: Callable[..., GgufLM]) -> None:
