@@ -120,13 +120,12 @@ def local(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("task", ROWS)
 def test_right_and_wrong(local: Callable[[str], Path], task: str) -> None:
     folder, (_, right, wrong) = local(task), ROWS[task]
-    for text in (*right, *wrong):
-        lm = Says(text)
-        result = evaluate(
-            {"x": partial(nullcontext, lm)}, ["local"], include=folder, allow_code=True
-        )
-        assert result.models[0].tasks[0].score.value == (text in right), text
-    prompt, options = lm.prompts[0]
+    said = {text: Says(text) for text in (*right, *wrong)}
+    models = {text: partial(nullcontext, lm) for text, lm in said.items()}
+    result = evaluate(models, ["local"], include=folder, allow_code=True)
+    for one in result.models:
+        assert one.tasks[0].score.value == (one.model in right), one.model
+    prompt, options = said[right[0]].prompts[0]
     wanted = (
         "boxed" if "\\boxed" in right[0] else '"answer": "C"' if "{" in right[0] else "```python"
     )
