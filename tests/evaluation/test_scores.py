@@ -79,6 +79,18 @@ def test_what_was_asked_before_changes_nothing(opened: Callable[..., GgufLM]) ->
     assert np.allclose(together, alone, atol=2e-4)
 
 
+@pytest.mark.parametrize("size", [3, 10, 27, 28, 29, 30])
+def test_a_text_that_an_earlier_one_begins_with(opened: Callable[..., GgufLM], size: int) -> None:
+    lm = opened(**EXACT)
+    tokens = lm.tok_encode(
+        "In the beginning God created the heaven and the earth. And the earth" * 3
+    )
+    asked_for = (tokens[:size], size - 2)
+    alone = lm._scorer.score(*asked_for)
+    lm._scorer.score(tokens[:30], 28)
+    assert lm._scorer.score(*asked_for)[0] == pytest.approx(alone[0], abs=2e-4)
+
+
 def test_texts_longer_than_the_context_are_scored_in_windows(
     opened: Callable[..., GgufLM], reference: Callable[[list[int], int], tuple[float, bool]]
 ) -> None:
