@@ -1,6 +1,7 @@
-"""Megrez2 in the engines others use: transformers and vLLM. See README.md.
+"""Megrez2 in the engines others use: transformers, vLLM and SGLang. See README.md.
 
-`import megrez_engines` makes transformers' Auto classes know the model. vLLM finds it by itself.
+`import megrez_engines` makes transformers' Auto classes know the model. vLLM and SGLang find it
+by themselves.
 """
 
 from megrez_engines.registration import register_with_transformers

@@ -39,6 +39,14 @@ class Runner(Protocol):
 Nodes = list[tuple[str, int]]
 
 
+def _write(states: dict[tuple[str, int], NDArray[Any]], capture: list[str], to: str) -> Nodes:
+    """Write those of `states` that `capture` names, and tell which there are."""
+    nodes = [at for at in states if at[0] in capture]
+    for name, layer in nodes:
+        np.save(f"{to}.{name}.{layer}.npy", states[name, layer])
+    return nodes
+
+
 class TransformersRunner:
     """Options: `dtype`, `attention` (attn_implementation), `experts` (experts_implementation)."""
 
@@ -82,10 +90,7 @@ class TransformersRunner:
         with torch.no_grad():
             logits = self.model(torch.tensor([tokens])).logits[0, first:-1]
         np.save(to + ".npy", logits.float().numpy())
-        nodes = [at for at in self._kept if at[0] in capture]
-        for name, layer in nodes:
-            np.save(f"{to}.{name}.{layer}.npy", self._kept[name, layer])
-        return nodes
+        return _write(self._kept, capture, to)
 
 
 class VllmRunner:
@@ -199,10 +204,7 @@ class SglangRunner:
     def run(self, tokens: list[int], first: int, capture: list[str], to: str) -> Nodes:
         found = self._generate(tokens)
         np.save(to + ".npy", found["logits", 0][first:-1])
-        nodes = [at for at in found if at[0] in capture]
-        for name, layer in nodes:
-            np.save(f"{to}.{name}.{layer}.npy", found[name, layer])
-        return nodes
+        return _write(found, capture, to)
 
 
 RUNNERS = {"transformers": TransformersRunner, "vllm": VllmRunner, "sglang": SglangRunner}
