@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megrez_eval.answers import Answers, Progress
 from megrez_eval.scoring import OUTPUTS, Scorer
+from megrez_gguf.format.reader import GGUFFile
 from megrez_llama.patched import require_patched
 from megrez_llama.pieces import piece
+from megrez_parity.provenance import file_sha256
 from megrez_runtime import load
 from megrez_runtime.session import Sampling
 from megrez_runtime.template import ChatTemplate
@@ -69,7 +70,9 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         self._conversations: dict[str, list[int]] = {}  # by what the template makes of them
         self.cut = 0  # how many texts were too long and lost their beginnings
         told = {name: value for name, value in options.items() if name != "n_threads"}
-        identity = [_digest(path), self.max_length, told, seed, str(self._sampling)]
+        # Hashed, as the same name may be another model tomorrow: seconds, where answers are kept.
+        model = file_sha256(GGUFFile.open(path)) if keep else ""
+        identity = [model, self.max_length, told, seed, str(self._sampling)]
         self._answers = Answers(keep, str(identity))
 
     def close(self) -> None:
@@ -222,9 +225,3 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         for stop in stops:
             text = text.partition(stop)[0]
         return text
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file: the same name may be another model tomorrow."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
