@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from megrez_eval.statistics import Flips, Score, bits, flips, score
 from megrez_gguf.errors import ConfigError, SourceError
+from megrez_parity.answers import at_chance
 
 # What a task is judged by, best first, where it has several metrics.
 MAIN = (
@@ -48,7 +49,7 @@ class TaskResult:
     @property
     def at_chance(self) -> bool:
         """Whether guessing would do as well, as far as these questions tell."""
-        return self.chance is not None and self.score.low <= self.chance
+        return at_chance(self.score.low, self.chance)
 
 
 @dataclass(frozen=True, slots=True)

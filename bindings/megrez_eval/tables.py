@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megrez_eval.evaluation import Evaluation, TaskResult
-from megrez_eval.statistics import Flips
+from megrez_parity.answers import NAME, verdict
 
 
 def print_tables(evaluation: Evaluation) -> None:
@@ -32,18 +32,17 @@ def print_tables(evaluation: Evaluation) -> None:
             table.add_column(name, justify="left" if name in ("task", "from", "to") else "right")
         for one in evaluation.differences:
             f = one.flips
-            cells = (str(f.lost), str(f.won), f"{f.p:.3g}", f"{f.least:.1%}", verdict(f))
+            cells = (
+                str(f.lost),
+                str(f.won),
+                f"{f.p:.3g}",
+                f"{f.least:.1%}",
+                verdict(f.lost, f.won, f.p),
+            )
             table.add_row(one.task, one.first, one.second, *cells)
         console.print(table)
     for line in remarks(evaluation):
         console.print(line)
-
-
-def verdict(flips: Flips) -> str:
-    """What the flips say, in words."""
-    if flips.p < 0.05:
-        return "worse" if flips.lost > flips.won else "better"
-    return "no difference shown"
 
 
 def remarks(evaluation: Evaluation) -> Iterator[str]:
@@ -62,7 +61,7 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
 def write(evaluation: Evaluation, folder: Path) -> list[Path]:
     """results.json, and samples/MODEL/TASK.jsonl with every question and answer; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    results = folder / "results.json"
+    results = folder / NAME
     text = json.dumps(evaluation.as_dict(), indent=1, ensure_ascii=False, default=str)
     results.write_text(text + "\n", "utf-8")
     paths = [results]

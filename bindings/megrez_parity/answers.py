@@ -12,6 +12,18 @@ from megrez_parity.results import Answered, Answers, Flipped, Lost
 NAME = "results.json"
 
 
+def verdict(lost: int, won: int, p: float) -> str:
+    """What flips say: "worse", "better", or that they show no difference."""
+    if p < 0.05:
+        return "worse" if lost > won else "better"
+    return "no difference shown"
+
+
+def at_chance(low: float, chance: float | None) -> bool:
+    """Whether guessing would do as well as a score whose interval begins at `low`."""
+    return chance is not None and low <= chance
+
+
 def read(folder: Path) -> Answers:
     """What `eval --out FOLDER` found. Raises SourceError: there is nothing, or something else."""
     path = folder / NAME

@@ -16,6 +16,7 @@ from megrez_eval.evaluation import Evaluation, evaluate
 from megrez_gguf.errors import ConfigError, SourceError
 from megrez_gguf.format.reader import GGUFFile
 from megrez_parity.answers import read as read_answers
+from megrez_parity.answers import verdict
 from support import eval_tasks
 from support.commands import RUN
 from support.paths import POCKET
@@ -57,7 +58,8 @@ def test_the_pocket_is_far_from_chance_and_a_scrambled_one_at_it(
     assert bad.at_chance
     (difference,) = result.differences
     assert difference.flips.p < 0.05
-    assert tables.verdict(difference.flips) == "worse"
+    found = difference.flips
+    assert verdict(found.lost, found.won, found.p) == "worse"
     assert [line for line in tables.remarks(result) if "at chance" in line]
     assert 0 < len(difference.examples) <= 5
     for example in difference.examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megrez_parity.answers import at_chance, verdict
 from megrez_parity.report.content import Bad, Section, Table
 from megrez_parity.report.words import NONE, clean, number, percent
 from megrez_parity.results import Answered, Answers, Flipped
@@ -27,7 +28,6 @@ def _scores(scores: Sequence[Answered]) -> Table:
     rows = []
     for one in scores:
         form = (lambda x: number(x, ".4f")) if one.metric == "bits_per_byte" else percent
-        at_chance = one.chance is not None and one.low <= one.chance
         value = form(one.value)
         rows.append(
             [
@@ -35,7 +35,7 @@ def _scores(scores: Sequence[Answered]) -> Table:
                 clean(one.task),
                 clean(one.metric),
                 f"{one.n:,}",
-                Bad(f"{value}, at chance") if at_chance else value,
+                Bad(f"{value}, at chance") if at_chance(one.low, one.chance) else value,
                 f"{form(one.low)} to {form(one.high)}",
                 NONE if one.chance is None else percent(one.chance),
             ]
@@ -47,12 +47,10 @@ def _scores(scores: Sequence[Answered]) -> Table:
 def _flips(flips: Sequence[Flipped]) -> Table:
     rows = []
     for one in flips:
-        verdict = "no difference shown"
-        if one.p < 0.05:
-            verdict = Bad("worse") if one.lost > one.won else "better"
+        found = verdict(one.lost, one.won, one.p)
         names = [clean(name) for name in (one.task, one.first, one.second)]
-        counts = [f"{one.lost:,}", f"{one.won:,}", number(one.p), percent(one.least), verdict]
-        rows.append(names + counts)
+        counts = [f"{one.lost:,}", f"{one.won:,}", number(one.p), percent(one.least)]
+        rows.append([*names, *counts, Bad(found) if found == "worse" else found])
     header = ["task", "from", "to", "lost", "won", "p", "least that shows", ""]
     return Table("What changed", header, rows, frozenset({0, 1, 2, 7}))
 
