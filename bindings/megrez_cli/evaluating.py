@@ -139,7 +139,7 @@ def eval_(
                 say=console.say, **file_options,
             )  # fmt: skip
         if engine:
-            models |= candidates.engines(names[0], engine)
+            models |= candidates.engines(names[0], engine, out)
         if not levels and not engine:
             models |= candidates.files([Path(name) for name in names], out, **file_options)
         drawn = {"task": None, "greedy": {"temperature": 0.0}}.get(

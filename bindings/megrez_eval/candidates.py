@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, CachingLM
 
 from megrez_eval.engine_lm import open_engine
 from megrez_eval.gguf_lm import GgufLM
@@ -52,12 +53,22 @@ def levels(
     return {name: partial(opened, name) for name in names}
 
 
-def engines(checkpoint: str, texts: Sequence[str]) -> dict[str, Open]:
-    """Engines that run the checkpoint itself, as `engine_lm.open_engine` takes them."""
+def engines(checkpoint: str, texts: Sequence[str], keep: Path | None = None) -> dict[str, Open]:
+    """Engines that run the checkpoint itself, as `engine_lm.open_engine` takes them.
+
+    What they answered is kept by the harness's own cache, which leaves out drawn answers: an engine
+    has no seed for each.
+    """
 
     @contextmanager
     def opened(text: str) -> Iterator[LM]:
-        yield open_engine(text, checkpoint)
+        lm = open_engine(text, checkpoint)
+        if keep:
+            location = Path(checkpoint)
+            index = max((f.stat().st_mtime_ns for f in location.glob("*.safetensors")), default=0)
+            whose = hashlib.sha256(f"{location.resolve()} {index} {text}".encode()).hexdigest()
+            lm = CachingLM(lm, str(keep / f"answers-{whose[:16]}.db"))
+        yield lm
 
     return {text: partial(opened, text) for text in texts}
 

@@ -158,7 +158,8 @@ def _run(
     seed: int,
 ) -> dict[str, Any]:
     try:
-        loaded = manager.load([task])
+        with _quiet():
+            loaded = manager.load([task])
     except Exception as e:  # whatever the code of a task, or of what fetches its data, may raise
         raise SourceError(
             f"{task}: lm-evaluation-harness cannot load it ({type(e).__name__}: {e}); its data "
@@ -244,7 +245,12 @@ def _each(found: Mapping[str, Any], seconds: float) -> Iterator[TaskResult]:
 
 
 def _chance(config: Mapping[str, Any], samples: Sequence[Any]) -> float | None:
-    """The mean share of a question's choices that are right, where there are choices."""
+    """The mean share of a question's choices that are right, where there are choices.
+
+    A task whose answers are written tells in its metadata which field has the choices.
+    """
+    if named := (config.get("metadata") or {}).get("choices"):
+        return sum(1 / len(s["doc"][named]) for s in samples) / len(samples)
     if config.get("output_type") != "multiple_choice":
         return None
     # Some tasks ask once more for each choice, without the question.

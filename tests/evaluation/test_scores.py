@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 
 from megrez_eval.gguf_lm import GgufLM
-from megrez_gguf.checkpoint.shards import Checkpoint
-from megrez_parity.reference import CheckpointWeights, forward
 from megrez_runtime import expert_stats
 from support import eval_tasks
-from support.paths import HELDOUT, POCKET
+from support.paths import HELDOUT
 
 # The KV cache is narrower unless it is asked not to be.
 EXACT: dict[str, Any] = {"cache": "f32"}
@@ -26,23 +23,8 @@ def asked(pairs: Sequence[tuple[str, ...]], kind: str = "loglikelihood") -> list
     return [Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)]
 
 
-@pytest.fixture(scope="module")
-def reference() -> Callable[[list[int], int], tuple[float, bool]]:
-    config = Checkpoint.open(POCKET).config
-    weights = dict(CheckpointWeights(POCKET, torch.float64))
-
-    def score(tokens: list[int], first: int) -> tuple[float, bool]:
-        logits = forward(config, weights, torch.tensor([tokens]))[0]
-        rows = logits.log_softmax(-1)[first - 1 : -1]
-        wanted = torch.tensor(tokens[first:])
-        total = rows.gather(1, wanted[:, None]).sum()
-        return float(total), bool((rows.argmax(-1) == wanted).all())
-
-    return score
-
-
 def test_every_choice_of_a_task_is_the_references(
-    opened: Callable[..., GgufLM], reference: Callable[[list[int], int], tuple[float, bool]]
+    opened: Callable[..., GgufLM], reference_score: Callable[[list[int], int], tuple[float, bool]]
 ) -> None:
     lm = opened(**EXACT)
     docs = eval_tasks.cloze(12)
@@ -50,7 +32,7 @@ def test_every_choice_of_a_task_is_the_references(
     random.Random(1).shuffle(pairs)
     for pair, (score, greedy) in zip(pairs, lm.loglikelihood(asked(pairs)), strict=True):
         context, continuation = lm._encode_pair(*pair)
-        want, likeliest = reference(context + continuation, len(context))
+        want, likeliest = reference_score(context + continuation, len(context))
         assert score == pytest.approx(want, abs=2e-4)
         assert greedy == likeliest
 
@@ -92,7 +74,7 @@ def test_a_text_that_an_earlier_one_begins_with(opened: Callable[..., GgufLM], s
 
 
 def test_texts_longer_than_the_context_are_scored_in_windows(
-    opened: Callable[..., GgufLM], reference: Callable[[list[int], int], tuple[float, bool]]
+    opened: Callable[..., GgufLM], reference_score: Callable[[list[int], int], tuple[float, bool]]
 ) -> None:
     lm = opened(n_ctx=256, **EXACT)
     text = (HELDOUT / "en.txt").read_text("utf-8")[:2500]
@@ -100,9 +82,9 @@ def test_texts_longer_than_the_context_are_scored_in_windows(
     assert len(tokens) > 2 * 256
     (score,) = lm.loglikelihood_rolling(asked([(text,)], "loglikelihood_rolling"))
     whole, rest = divmod(len(tokens) - 1, 256)
-    want = sum(reference(tokens[256 * i : 256 * i + 257], 1)[0] for i in range(whole))
+    want = sum(reference_score(tokens[256 * i : 256 * i + 257], 1)[0] for i in range(whole))
     assert rest  # the last window has a whole context, and is scored where it is new
-    want += reference(tokens[-257:], 257 - rest)[0]
+    want += reference_score(tokens[-257:], 257 - rest)[0]
     assert score == pytest.approx(want, abs=2e-3)
     assert lm.cut == 0
 

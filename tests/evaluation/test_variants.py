@@ -39,6 +39,29 @@ ROWS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ['{"answer": "J"}'],
         ['{"answer": "I"}'],
     ),
+    "megrez2_ceval": (
+        {
+            "id": 0,
+            "question": "哪一个？",
+            "A": "甲",
+            "B": "乙",
+            "C": "丙",
+            "D": "丁",
+            "answer": "D",
+        },
+        ['{"answer": "D"}', '答案是 D：{"answer": "D"}'],
+        ['{"answer": "A"}', "答案：D", ""],
+    ),
+    "megrez2_ifeval": (
+        {
+            "key": 1,
+            "prompt": "Say it without commas, and with the word Fluss.",
+            "instruction_id_list": ["punctuation:no_comma", "keywords:existence"],
+            "kwargs": [{}, {"keywords": ["Fluss"]}],
+        },
+        ["Der Fluss.", "Fluss und Fluss"],
+        ["Ach, der Fluss.", "No commas.", ""],
+    ),
     "megrez2_gpqa_diamond": (
         {"Question": "Which?", "Correct Answer": " p\n"}
         | {f"Incorrect Answer {i}": f"x{i}" for i in (1, 2, 3)},
@@ -108,13 +131,21 @@ def local(tmp_path: Path) -> Callable[[str], Path]:
             (tmp_path / f"{name}.yaml").unlink()
         text = (OWN_TASKS / f"{task}.yaml").read_text("utf-8").replace(task, "local")
         text = re.sub("(?m)^dataset_name:.*\n", "", text)
-        text = text.replace("test_split: train", "test_split: test")
+        text = re.sub("(test_split: train|validation_split: val)", "test_split: test", text)
         source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}"
-        text = re.sub("(?m)^dataset_path:.*$", source, text)
+        text = re.sub("(?m)^(dataset_path|custom_dataset):.*$", source, text)
         (tmp_path / "local.yaml").write_text(text, "utf-8")
         return tmp_path
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IFEval's code would fetch data for counting sentences, which nothing here does."""
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "find", lambda name: name)
 
 
 @pytest.mark.parametrize("task", ROWS)
@@ -123,13 +154,15 @@ def test_right_and_wrong(local: Callable[[str], Path], task: str) -> None:
     said = {text: Says(text) for text in (*right, *wrong)}
     models = {text: partial(nullcontext, lm) for text, lm in said.items()}
     result = evaluate(models, ["local"], include=folder, allow_code=True)
+    form = OWN_TASKS / f"{task}.yaml"
+    advice = {"_boxed": "\\boxed{}", "_choice": '`"answer": "C"`', "_code": "```python"}
+    included = re.findall(r"include: (\w+)\.yaml", form.read_text("utf-8"))
+    choices = len(ROWS[task][0].get("options", "ABCD"))
     for one in result.models:
         assert one.tasks[0].score.value == (one.model in right), one.model
+        assert one.tasks[0].chance == (1 / choices if "_choice" in included else None)
     prompt, options = said[right[0]].prompts[0]
-    wanted = (
-        "boxed" if "\\boxed" in right[0] else '"answer": "C"' if "{" in right[0] else "```python"
-    )
-    assert wanted in prompt
+    assert all(advice[name] in prompt for name in included)
     assert options["temperature"] == 0.7
     assert options["top_p"] == 0.9
     assert options["do_sample"]
@@ -143,3 +176,21 @@ def test_code_is_not_executed_unasked(local: Callable[[str], Path]) -> None:
 
 def test_every_variant_is_tried() -> None:
     assert {path.stem for path in OWN_TASKS.glob("megrez2_*.yaml")} == set(ROWS)
+
+
+def test_ceval_is_all_of_its_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from megrez_eval.tasks import utils
+
+    asked = []
+
+    def load(path: str, name: str, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list([ROWS["megrez2_ceval"][0] | {"question": name}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = utils.ceval(version=1)["val"]
+    assert len(rows) == len(set(asked)) == 52
+    assert set(rows["question"]) == {name for _, name, _ in asked}
+    assert {(path, split) for path, _, split in asked} == {("ceval/ceval-exam", "val")}

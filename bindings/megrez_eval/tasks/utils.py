@@ -50,6 +50,19 @@ def mmlu_pro_text(doc: dict[str, Any]) -> str:
     return str(doc["question"]) + _choices(doc["options"]) + CHOICE
 
 
+def ceval(**metadata: Any) -> dict[str, Any]:
+    """The validation questions of all subjects of C-EVAL, whose test answers are not published."""
+    import datasets
+    from lm_eval.tasks.ceval._generate_configs import SUBJECTS
+
+    parts = [datasets.load_dataset("ceval/ceval-exam", name, split="val") for name in SUBJECTS]
+    return {"val": datasets.concatenate_datasets(parts)}
+
+
+def ceval_docs(dataset: Any) -> Any:
+    return dataset.map(lambda doc: {"choices": [doc[letter] for letter in "ABCD"]})
+
+
 def gpqa_docs(dataset: Any) -> Any:
     """Choices in an order that is always the same, and gives nothing away."""
 
@@ -116,3 +129,11 @@ def code(doc: dict[str, Any], results: Sequence[str]) -> dict[str, int]:
     else:
         tests = "\n".join([doc.get("test_setup_code") or "", *doc["test_list"]])
     return {"acc": int(passes(f"{program}\n{tests}\n"))}
+
+
+def ifeval(doc: dict[str, Any], results: Sequence[str]) -> dict[str, bool]:
+    """Whether the answer does all that the question asks: as it is, and without its frills."""
+    from lm_eval.tasks.ifeval.utils import process_results  # it loads NLTK and its data
+
+    found = process_results(doc, results)
+    return {name: bool(found[name]) for name in found if name.startswith("prompt_level")}
