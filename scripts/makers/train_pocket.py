@@ -1,10 +1,14 @@
 """Train the pocket checkpoint: a real, tiny Megrez2 that tests can convert, quantize and chat with.
 
     npm install --prefix /tmp/poetry chinese-poetry@2.0.1        # and: apt install bible-kjv
-    python scripts/makers/train_pocket.py --poetry /tmp/poetry/node_modules/chinese-poetry
+    modules=/tmp/poetry/node_modules/chinese-poetry
+    python scripts/makers/train_pocket.py --poetry $modules --out tests/data/pocket \\
+        --heldout tests/data/heldout
+    python scripts/makers/train_pocket.py --poetry $modules --out tests/data/second \\
+        --shape second --seed 11 --work build/second
 
-Writes tests/data/pocket/ (published layout) and tests/data/heldout/. Stops and goes on where it
-was: the state in --work is saved every few minutes. Prints what it writes to training.json.
+Stops and goes on where it was: the state in --work is saved every few minutes. Prints what it
+writes to training.json.
 """
 
 from __future__ import annotations
@@ -93,6 +97,19 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "use_cache": True,
 }
+# Another model of the same texts: what holds for one may be that one's chance. More layers and
+# groups, more and narrower experts, other heads.
+SECOND = CONFIG | {
+    "num_hidden_layers": 10,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 24,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 2,
+}
+SHAPES = {"pocket": CONFIG, "second": SECOND}
 
 
 def build_tokenizer(corpus: pocket_corpus.Corpus) -> Tokenizer:
@@ -319,7 +336,9 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def export(folder: Path, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
+def export(
+    folder: Path, fields: dict[str, Any], weights: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
     """The published layout: bfloat16, two shards and their index, tokenizer, configurations."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -340,7 +359,7 @@ def export(folder: Path, weights: dict[str, Tensor], tokenizer: Tokenizer) -> No
     index = {"metadata": {"total_size": total}, "weight_map": where}
     write_json(folder / "model.safetensors.index.json", index)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "config.json", CONFIG)
+    write_json(folder / "config.json", fields)
     special = {"bos_token": SPECIAL[0], "eos_token": "<|turn_end|>", "pad_token": "<|pad|>"}
     write_json(folder / "special_tokens_map.json", special)
     settings = {
@@ -443,16 +462,15 @@ def judge(config: ModelConfig, out: Path, data: Data, tokenizer: Tokenizer) -> d
 
 def main(
     poetry: Annotated[Path, typer.Option(help="The unpacked npm package chinese-poetry.")],
-    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = ROOT
-    / "tests/data/pocket",
-    heldout: Annotated[Path, typer.Option(help="Folder for the held-out texts.")] = ROOT
-    / "tests/data/heldout",
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    heldout: Annotated[Path | None, typer.Option(help="Folder for the held-out texts.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for the state of training.")] = Path(
         "build/pocket"
     ),
     steps: Annotated[int, typer.Option(help=f"Steps of {BATCH * WINDOW} tokens.")] = 2900,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of weights and conversations.")] = 7,
+    shape: Annotated[str, typer.Option(help="pocket, or second: another model.")] = "pocket",
 ) -> None:
     """Train the pocket checkpoint and write it with its held-out texts and figures."""
     try:
@@ -461,16 +479,18 @@ def main(
         typer.echo(f"train_pocket: {e}", err=True)
         raise typer.Exit(2) from None
     work.mkdir(parents=True, exist_ok=True)
-    config = ModelConfig.from_dict(CONFIG)
+    config = ModelConfig.from_dict(SHAPES[shape])
     tokenizer = build_tokenizer(corpus)
     data = Data(corpus, tokenizer, seed)
     weights, log = train(config, data, work, steps, rate, seed)
-    export(out, weights, tokenizer)
-    heldout.mkdir(parents=True, exist_ok=True)
-    for domain, text in data.held.items():
-        (heldout / f"{domain}.txt").write_text(text, "utf-8")
+    export(out, SHAPES[shape], weights, tokenizer)
+    if heldout:
+        heldout.mkdir(parents=True, exist_ok=True)
+        for domain, text in data.held.items():
+            (heldout / f"{domain}.txt").write_text(text, "utf-8")
     report = {
-        "command": f"scripts/makers/train_pocket.py --steps {steps} --rate {rate} --seed {seed}",
+        "command": "scripts/makers/train_pocket.py "
+        f"--shape {shape} --steps {steps} --rate {rate} --seed {seed}",
         "torch": torch.__version__,
         "corpus_sha256": corpus.digest(),
         "steps": steps,
