@@ -39,6 +39,14 @@ def imatrix(
     process_output: Annotated[
         bool, typer.Option("--process-output", help="Include the output matrix.")
     ] = False,
+    products: Annotated[
+        bool,
+        typer.Option(
+            "--products",
+            help="Collect how columns go along, too, for recipes that round by feedback: the file "
+            "takes gigabytes.",
+        ),
+    ] = False,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -58,7 +66,8 @@ def imatrix(
         result = calibrate(
             model, text or (), out,
             merge=merge or (), n_chunks=chunks, n_ctx=ctx, parse_special=parse_special,
-            process_output=process_output, force=force, progress=progress, say=console.say,
+            process_output=process_output, products=products, force=force, progress=progress,
+            say=console.say,
         )  # fmt: skip
     console.tell_made(result.path, result, as_json)
 
@@ -237,6 +246,22 @@ def search(
             help="Be no larger than the level for this folder, too; repeatable. Needs no weights.",
         ),
     ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--size",
+            parser=options.size,
+            metavar="SIZE",
+            help="Search for a recipe of at most this size, e.g. 3.5GiB, of --also if there is "
+            "one; repeatable.  [default: the sizes of stock levels]",
+        ),
+    ] = None,
+    feedback: Annotated[
+        bool,
+        typer.Option(
+            "--feedback", help="Recipes that round by feedback: takes an --imatrix with products."
+        ),
+    ] = False,
     judge: Annotated[
         bool, typer.Option("--judge/--no-judge", help="Compare with stock levels at the end.")
     ] = True,
@@ -256,6 +281,7 @@ def search(
       megrez-gguf convert Megrez2-3x7B-A3B --recipe recipes/megrez-q4.toml
     """
     _find_folder()
+    from megrez_gguf.quantization.recipe import FEEDBACK
     from megrez_parity import recipe_search
     from megrez_parity.report import prepare, print_table, write
 
@@ -265,6 +291,8 @@ def search(
         checkpoint,
         work,
         also=also or (),
+        sizes=size or (),
+        rounding=FEEDBACK if feedback else "",
         texts=text or (),
         n_ctx=ctx,
         n_windows=windows,

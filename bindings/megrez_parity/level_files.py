@@ -122,7 +122,8 @@ class Maker:
     ) -> None:
         self._checkpoint, self._folder, self._say = checkpoint, folder, say
         self._calibration = calibration
-        self._imatrix = imatrix.load(imatrix_file) if imatrix_file else None
+        self._given = imatrix.load(imatrix_file) if imatrix_file else None
+        self._made: dict[bool, Imatrix] = {}  # by whether they have products
 
     @contextmanager
     def make(self, level: str) -> Iterator[Made]:
@@ -130,7 +131,7 @@ class Maker:
 
         Raises ConfigError as `check` does, and what converting, quantizing and loading raise.
         """
-        check(level, calibrated=self._imatrix is not None or len(self._calibration) > 0)
+        check(level, calibrated=self._given is not None or len(self._calibration) > 0)
         path = self._folder / f"{level.replace('/', '-')}.gguf"
         try:
             yield Made(path, self._make(level, path))
@@ -139,26 +140,36 @@ class Maker:
 
     def _make(self, level: str, path: Path) -> list[Fallback]:
         base = level.removesuffix(IMATRIX)
-        weights = self._weights() if base != level else None
+        mix = recipe.load(base.removeprefix(PREFIX)) if base.startswith(PREFIX) else None
+        weights = None
+        if base != level:
+            weights = self._weights(products=bool(mix and mix.rounding))
         self._say(f"{level}: converting")
-        if base.startswith(PREFIX):
-            mix = recipe.load(base.removeprefix(PREFIX))
+        if mix:
             done = convert(self._checkpoint, path, imatrix=weights, recipe=mix, allow_zeros=True)
         else:
             done = convert(self._checkpoint, path, outtype=base, imatrix=weights, allow_zeros=True)
         return [replace(f, wanted=_ggml(f.wanted), got=_ggml(f.got)) for f in done.fallbacks]
 
-    def _weights(self) -> Imatrix:
-        if self._imatrix is None:
+    def _weights(self, *, products: bool) -> Imatrix:
+        if self._given:
+            return self._given
+        if products not in self._made:
             windows = self._calibration
             self._say(f"importance matrix: {len(windows)} windows in llama.cpp")
             source = self._folder / "source.gguf"
             try:
                 convert(self._checkpoint, source, allow_zeros=True)
-                self._imatrix = collect(source, windows, n_ctx=max(map(len, windows)))
+                self._made[products] = collect(
+                    source,
+                    windows,
+                    n_ctx=max(map(len, windows)),
+                    process_output=products,
+                    products=products,
+                )
             finally:
                 source.unlink(missing_ok=True)
-        return self._imatrix
+        return self._made[products]
 
 
 def types_of(path: Path) -> dict[str, int]:

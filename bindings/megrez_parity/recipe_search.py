@@ -5,7 +5,7 @@ Tensors fall into roles (attention, shared experts, pools ...). The search
   1. measures, with everything else at Q8_0, what each type of each role adds to the mean KLD;
   2. takes these for additive, which small errors nearly are, and finds the mixes of the least sum
      that are no larger than a stock level, of the checkpoint and of every other one that the
-     recipes are to fit (of which only the shapes are read);
+     recipes are to fit (of which only the shapes are read), or than so many bytes;
   3. measures the best of them, and those that differ from the best in two roles, until none is
      better.
 
@@ -22,7 +22,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion.convert import convert, plan_convert
 from megrez_gguf.conversion.plan import Conversion
 from megrez_gguf.errors import ConfigError, OutputError
+from megrez_gguf.quantization.imatrix import load
 from megrez_gguf.quantization.recipe import Recipe
 from megrez_gguf.storage.output import OutputFiles
 from megrez_gguf.text import Say, clip, silent
@@ -49,11 +50,13 @@ ROLES = (
     r"^token_embd\.", r"^output\.",
     r"\.attn_q\.", r"\.attn_k\.", r"\.attn_v\.", r"\.attn_output\.",
     r"\.ffn_(gate|up)\.", r"\.ffn_down\.",
-    r"\.ffn_(gate|up)_exps\.", r"\.ffn_down_exps\.",
+    r"\.ffn_gate_exps\.", r"\.ffn_up_exps\.", r"\.ffn_down_exps\.",
     r"\.ffn_(gate|up)_shexp\.", r"\.ffn_down_shexp\.",
 )  # fmt: skip
-TYPES = ("q3_K", "iq4_xs", "iq4_nl", "q4_1", "q4_K", "q5_0", "q5_1", "q5_K", "q6_K", "q8_0")
+TYPES = ("q2_K", "q3_K", "iq4_xs", "iq4_nl", "q4_1", "q4_K", "q5_0", "q5_1", "q5_K", "q6_K", "q8_0")
 BASE = "q8_0"
+# The level of recipes in which every role has a type; with and without an importance matrix.
+LEVEL = "q4_k_m"
 # What the recipes are called, the level whose size they may have, and what it is compared with.
 TARGETS = {"megrez-q3": "q3_k_m", "megrez-q4": "q4_k_m", "megrez-q5": "q5_k_m"}
 STOCK = (
@@ -65,6 +68,8 @@ STOCK = (
 TRIED, ROUND = 12, 10
 # Sizes closer than this part of a budget count as one while mixes are put together.
 GRID = 400
+# More bytes than any file has: no budget.
+ANY = 1 << 60
 
 Mix = tuple[str, ...]
 """A type for each role of a checkpoint, in order."""
@@ -74,8 +79,8 @@ Mix = tuple[str, ...]
 class Found:
     """A recipe that was found, and the file it was written to.
 
-    `target` is the stock level whose size it may have, `nbytes` about its own, in bytes; `mean_kld`
-    is in nats, over the windows that the search saw.
+    `target` is the stock level whose size it may have, or that size; `nbytes` is about its own, in
+    bytes; `mean_kld` is in nats, over the windows that the search saw.
     """
 
     recipe: Recipe
@@ -90,6 +95,8 @@ def search(
     work: Path,
     *,
     also: Sequence[Path] = (),
+    sizes: Sequence[int] = (),
+    rounding: str = "",
     texts: Sequence[Path] = (),
     n_ctx: int = 512,
     n_windows: int = 16,
@@ -98,6 +105,9 @@ def search(
     say: Say = silent,
 ) -> list[Found]:
     """Recipes for a checkpoint, one for each of TARGETS, each written to NAME.toml in `work`.
+
+    With `sizes` there is one for each of them instead, of at most so many bytes: of the checkpoints
+    `also`, or where there are none, of this one. `rounding` is that of the recipes.
 
     `checkpoint`, `texts` and `revision` are those of `harness.measure`. The search sees the windows
     of `n_ctx` tokens at the end of each text, beyond the `n_windows` from its start, which are for
@@ -114,20 +124,31 @@ def search(
     source = Checkpoint.find(checkpoint, revision=revision, say=say)
     name = Path(checkpoint).name
     roles = roles_of(source.folder)
-    sizes = [Sizes(folder, roles) for folder in (source.folder, *also)]
+    measured = [Sizes(folder, roles) for folder in (source.folder, *also)]
     meter = Meter(
-        source, work, texts=texts, n_ctx=n_ctx, n_windows=n_windows, imatrix=imatrix, say=say
-    )
+        source, work, texts=texts, n_ctx=n_ctx, n_windows=n_windows, imatrix=imatrix,
+        rounding=rounding, say=say,
+    )  # fmt: skip
     say("what each type of each role adds to the mean KLD:")
-    options = choices(meter, roles, sizes, say)
+    options = choices(meter, roles, measured, say)
     found = []
-    for recipe_name, target in TARGETS.items():
+    targets = [
+        (recipe_name, target, target, [s.level(target) for s in measured])
+        for recipe_name, target in TARGETS.items()
+        if not sizes
+    ]
+    for size in sizes:
+        bounds = [size] * len(measured)
+        if also:
+            bounds[0] = ANY
+        targets.append((f"megrez-{size / 2**30:g}g", LEVEL, f"{size / 2**30:g} GiB", bounds))
+    for recipe_name, level, target, bounds in targets:
         say(f"{recipe_name}: no larger than {target}")
         # Names of types in the metadata differ in length: a kilobyte of room.
-        budgets = [s.level(target) - s.other - 1024 for s in sizes]
+        budgets = [b - s.other - 1024 for b, s in zip(bounds, measured, strict=True)]
         mix, kld = best_measured(meter, roles, options, budgets, say)
         recipe = recipe_of(
-            mix, roles, name=recipe_name, level=target,
+            mix, roles, name=recipe_name, level=level, rounding=rounding,
             description=f"No larger than {target}. Searched by megrez-gguf search on {name}: "
             f"mean KLD {kld:.2g} over the search's windows.",
         )  # fmt: skip
@@ -135,7 +156,7 @@ def search(
         with OutputFiles([path], force=True) as file:
             file.start(0)
             file.write(toml(recipe).encode())
-        found.append(Found(recipe, path, target, sizes[0].whole(mix), kld))
+        found.append(Found(recipe, path, target, measured[0].whole(mix), kld))
     return found
 
 
@@ -179,11 +200,13 @@ def recipe_of(
     roles: Sequence[str],
     *,
     name: str = "mix",
-    level: str = BASE,
+    level: str = LEVEL,
     description: str = "",
+    rounding: str = "",
 ) -> Recipe:
     """The types of `mix` for `roles`, in order, and `level` for what is in none of them."""
-    return Recipe(name, level, tuple(zip(roles, mix, strict=True)), description, built_in=True)
+    types = tuple(zip(roles, mix, strict=True))
+    return Recipe(name, level, types, description, built_in=True, rounding=rounding)
 
 
 # --- sizes -------------------------------------------------------------------------------------
@@ -285,9 +308,11 @@ class Meter:
         n_ctx: int,
         n_windows: int,
         imatrix: Path | None,
+        rounding: str,
         say: Say,
     ) -> None:
-        self._checkpoint, self._imatrix = source.folder, imatrix
+        self._checkpoint, self._rounding = source.folder, rounding
+        self._imatrix = load(imatrix) if imatrix else None
         corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)
         if not corpus.calibration:
             raise ConfigError(
@@ -307,7 +332,8 @@ class Meter:
         )
         self._reference.run()
         weighted = f"-{sha256([imatrix])[0][:16]}" if imatrix else ""
-        self._log = work / f"measured-{key}{weighted}.jsonl"
+        rounded = f"-{rounding}" if rounding else ""
+        self._log = work / f"measured-{key}{weighted}{rounded}.jsonl"
         self._file = work / "candidate.gguf"
         self._known = read_log(self._log)
 
@@ -329,7 +355,7 @@ class Meter:
                 self._file,
                 force=True,
                 imatrix=self._imatrix,
-                recipe=mix,
+                recipe=replace(mix, rounding=self._rounding),
                 allow_zeros=True,
             )
             with Engine(self._file, len(self._windows[0].tokens)) as engine:
@@ -465,7 +491,10 @@ def toml(recipe: Recipe) -> str:
     """The file that `recipe` can be read from again."""
     width = max(len(pattern) for pattern, _ in recipe.types) + 2
     description = textwrap.fill(recipe.description, 98)
-    lines = [f'description = """\n{description}"""', f'level = "{recipe.level}"', "", "[types]"]
+    lines = [f'description = """\n{description}"""', f'level = "{recipe.level}"']
+    if recipe.rounding:
+        lines.append(f'rounding = "{recipe.rounding}"')
+    lines += ["", "[types]"]
     for pattern, kind in recipe.types:
         lines.append(f"'{pattern}'".ljust(width) + f' = "{kind}"')
     return "\n".join(lines) + "\n"

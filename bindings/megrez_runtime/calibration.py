@@ -20,7 +20,7 @@ from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.format.model_check import open_checked
 from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.machine import available_cpus
-from megrez_gguf.quantization.imatrix import Imatrix, load
+from megrez_gguf.quantization.imatrix import GROUP, Imatrix, load
 from megrez_gguf.quantization.imatrix import merge as merged
 from megrez_gguf.storage.output import OutputFiles
 from megrez_gguf.text import Progress, Say, read_text, silent
@@ -59,6 +59,7 @@ def calibrate(
     n_ctx: int = 512,
     parse_special: bool = False,
     process_output: bool = False,
+    products: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     say: Say = silent,
@@ -70,7 +71,8 @@ def calibrate(
     chunk's first token. Several texts give what merging the matrix of each would. The files `merge`
     are added to it, as if their texts had come first; without texts, to each other, and `model`, if
     there is one, is only what they must be of. `parse_special`, off as in llama-imatrix, reads
-    special tokens in the texts; `process_output`, off as well, includes the output matrix. `force`
+    special tokens in the texts; `process_output`, off as well, includes the output matrix.
+    `products` collects those, too, which rounding by feedback needs: see `Imatrix`. `force`
     replaces an existing `out`, which appears whole or not at all. `say` is told of the texts, and
     of experts that no token reached.
 
@@ -94,13 +96,16 @@ def calibrate(
             if model is None:
                 raise ConfigError(f"{texts[0]}: no model to run over it")
             named = list(zip(texts, contents, strict=True))
-            with _Collector(model, n_ctx, process_output=process_output) as collector:
+            with _Collector(
+                model, n_ctx, process_output=process_output, products=products
+            ) as collector:
                 collector.add(_windows(collector, named, n_chunks, parse_special, say), progress)
                 names = [os.fsencode(path).decode("utf-8", "replace") for path in texts]
                 parts.append(collector.imatrix(names))
         found = merged(parts)
         file.start(0)
-        file.write(found.to_bytes())
+        for piece in found.pieces():
+            file.write(piece)
     for line in _describe_unseen(found):
         say(line)
     return Collected(
@@ -159,14 +164,22 @@ def _windows(
     return windows
 
 
-def collect(path: Path, windows: Iterable[Tokens], *, n_ctx: int) -> Imatrix:
+def collect(
+    path: Path,
+    windows: Iterable[Tokens],
+    *,
+    n_ctx: int,
+    process_output: bool = False,
+    products: bool = False,
+) -> Imatrix:
     """Run the GGUF file `path` over `windows`, each of at most `n_ctx` tokens.
 
-    Matrices outside the layers (embedding, output) are left out, as llama-imatrix does. A pool of
-    experts gathers from all layers that use it. Raises what `Engine` raises, and GGUFError when
+    The embedding is left out, as llama-imatrix does, and the output matrix without
+    `process_output`. A pool of experts gathers from all layers that use it. `products` are those of
+    `Imatrix`. Raises what `Engine` raises, and GGUFError when
     activations are not finite.
     """
-    with _Collector(path, n_ctx) as collector:
+    with _Collector(path, n_ctx, process_output=process_output, products=products) as collector:
         collector.add(list(windows))
         return collector.imatrix()
 
@@ -176,9 +189,11 @@ class _Enough(Exception):
 
 
 class _Collector(Engine):
-    """Adds up the squares of what enters each matrix."""
+    """Adds up the squares of what enters each matrix, and the products of its columns if asked."""
 
-    def __init__(self, path: Path, n_ctx: int, *, process_output: bool = False) -> None:
+    def __init__(
+        self, path: Path, n_ctx: int, *, process_output: bool = False, products: bool = False
+    ) -> None:
         if path.is_file():
             open_checked(path)
         super().__init__(path, n_ctx, n_threads=available_cpus())
@@ -186,6 +201,9 @@ class _Collector(Engine):
         self._counts: dict[str, NDArray[np.int64]] = {}
         self._chunks = 0
         self._process_output = process_output
+        # By the first of the matrices that the same state enters, and which that is.
+        self._products: dict[str, NDArray[np.float32]] | None = {} if products else None
+        self._first: dict[str, str] = {}
         # Of the window that is being evaluated: what enters the matrices, by its address and that
         # of the experts' ids; the matrices it enters; and its sums.
         self._entered: dict[tuple[int, int], list[str]] = {}
@@ -225,6 +243,7 @@ class _Collector(Engine):
             for key, (sums, counts) in self._added.items():
                 for name in self._entered[key]:
                     self._add(name, sums, counts)
+                    self._first[name] = self._entered[key][0]
             if progress:
                 progress(done, len(windows))
 
@@ -241,7 +260,12 @@ class _Collector(Engine):
     def imatrix(self, datasets: Sequence[str] = ()) -> Imatrix:
         """Of all windows so far."""
         sums = {name: total.astype(np.float32) for name, total in self._sums.items()}
-        return Imatrix(sums, self._counts, tuple(datasets), self._chunks, self.context)
+        products = {}
+        if self._products is not None:
+            products = {name: self._products[first] for name, first in self._first.items()}
+        return Imatrix(
+            sums, self._counts, tuple(datasets), self._chunks, self.context, products=products
+        )
 
     def _look(self, node: Tensor, ask: bool) -> bool:
         if nodes.name_of(node)[0] == nodes.LAST_BEFORE_OUTPUT and not self._process_output:
@@ -266,6 +290,9 @@ class _Collector(Engine):
         x = read(product.inputs) if x is None else x
         with np.errstate(over="ignore"):  # `_add` complains
             self._added[key] = _squares(x[0], ids, product.weight.ne[2])
+            if self._products is not None:
+                # Added up at once: those of all layers would not fit into memory together.
+                _multiply(self._products, product.name, x[0], ids, product.weight.ne[2])
         return True
 
 
@@ -299,6 +326,31 @@ def _squares(
             sums[expert] += np.einsum("ij,ij->j", part, part)
         first += count
     return sums, counts
+
+
+def _multiply(
+    totals: dict[str, NDArray[np.float32]],
+    name: str,
+    x: NDArray[np.float32],
+    ids: NDArray[np.int32] | None,
+    pool: int,
+) -> None:
+    """Add to `totals[name]` `[M, D, width]` the products of the columns of `x`, as `_squares` has.
+
+    M is 1 where all experts of a token read the same row, and `pool` where each has its own.
+    """
+    rows = x.reshape(-1, x.shape[2])
+    each = ids is not None and x.shape[1] > 1
+    columns = rows.shape[1]
+    width = min(columns, GROUP)
+    if name not in totals:
+        totals[name] = np.zeros((pool if each else 1, columns, width), np.float32)
+    chosen = ids.ravel() if ids is not None and each else np.zeros(len(rows), np.int32)
+    for matrix in np.unique(chosen):
+        mine = rows[chosen == matrix] if each else rows
+        for begin in range(0, columns, width):
+            part = mine[:, begin : begin + width]
+            totals[name][matrix, begin : begin + width, : part.shape[1]] += part.T @ part
 
 
 def _describe_unseen(found: Imatrix) -> list[str]:

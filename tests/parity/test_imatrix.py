@@ -463,3 +463,37 @@ def test_progress_counts_chunks(
     printed = capsys.readouterr()
     assert "3/3 chunks" in printed.err
     assert "bytes" not in printed.err
+
+
+def test_products_are_those_of_what_enters(exact: Path, windows: list[NDArray[np.int32]]) -> None:
+    found = collect(exact, windows, n_ctx=CONTEXT, products=True, process_output=True)
+    want: dict[str, Any] = {"q": 0, "gate": 0, "down": np.zeros((16, 64, 64))}
+    names = ("attn_norm", "ffn_norm", "ffn_moe_topk", "ffn_moe_swiglu")
+    with Engine(exact, CONTEXT) as engine:
+        for window in windows:
+            nodes = engine.run(window, capture=names).nodes
+            x = nodes["attn_norm", 2].astype(np.float64)
+            want["q"] += x.T @ x
+            for layer in (4, 5, 6):
+                x = nodes["ffn_norm", layer].astype(np.float64)
+                want["gate"] += x.T @ x
+                for row, chosen in zip(
+                    nodes["ffn_moe_swiglu", layer], nodes["ffn_moe_topk", layer], strict=True
+                ):
+                    for z, expert in zip(row.astype(np.float64), chosen, strict=True):
+                        want["down"][expert] += np.outer(z, z)
+    for part, products in {
+        "blk.2.attn_q": want["q"][None],
+        "blk.2.attn_v": want["q"][None],
+        "blk.4.ffn_gate_exps": want["gate"][None],
+        "blk.4.ffn_up_exps": want["gate"][None],
+        "blk.4.ffn_down_exps": want["down"],
+    }.items():
+        kept = found.products[f"{part}.weight"]
+        np.testing.assert_allclose(kept, products, rtol=1e-3, atol=1e-4 * np.abs(products).max())
+    assert found.products.keys() == found.sums.keys()
+    assert "output.weight" in found.products
+    plain = collect(exact, windows, n_ctx=CONTEXT)
+    assert not plain.products
+    for name, sums in plain.sums.items():
+        np.testing.assert_array_equal(found.sums[name], sums)

@@ -27,6 +27,7 @@ from megrez_gguf.format.writer import TensorInfo
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization import encode
 from megrez_gguf.quantization.encode import Array, Encoding, Loss
+from megrez_gguf.quantization.feedback import Pool
 from megrez_gguf.storage.open_shards import OpenShards
 from megrez_gguf.storage.opening import AGAIN
 from megrez_gguf.storage.tensor import RAW_DTYPE, Tensor
@@ -54,8 +55,8 @@ class _Worked:
     loss: Loss
 
 
-Importance = Mapping[str, npt.NDArray[np.float32]]
-"""By tensor name, the importance of columns `[matrices, columns]`."""
+Importance = Mapping[str, npt.NDArray[np.float32] | Pool]
+"""By tensor name, the importance of columns `[matrices, columns]`, or what enters each matrix."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,8 @@ def _importance(
     if not weighted:
         raise ConfigError(f"{file.shards[0].path}: made without an importance matrix; leave it out")
     weights = imatrix if isinstance(imatrix, Imatrix) else load_imatrix(Path(imatrix))
-    return weights.means_for(items)
+    by_feedback = file.values.get(metadata.ROUNDING)
+    return weights.entering_for(items) if by_feedback else weights.means_for(items)
 
 
 class _Comparison:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megrez_gguf.errors import ConfigError
+from megrez_gguf.quantization import feedback
+from megrez_gguf.quantization.feedback import Entering
 from megrez_llama import quantizer
 
 Array = npt.NDArray[Any]
@@ -23,6 +25,9 @@ BF16_LIMIT = float(np.array(0x7F7F7FFF, dtype="<u4").view("<f4"))
 
 # Bit patterns whose exponent is all ones: NaN and the infinities.
 _EXPONENT = {2: {"<u2": 0x7F80, "<f2": 0x7C00}, 4: {"<f4": 0x7F800000}}
+
+
+Weighing = npt.NDArray[np.float32] | Entering
 
 
 @dataclass(slots=True)
@@ -46,7 +51,8 @@ class Encoding:
 
     `block` elements become `block_bytes` bytes; `number` is ggml's number of the type. Magnitudes
     over `limit` become infinite, those up to `flush` become zero. `encode` takes finite rows
-    `[rows, columns]`, and the importance of the columns `[columns]` or None.
+    `[rows, columns]`, and the importance of the columns `[columns]`, or what enters the matrix, by
+    which it is rounded by feedback, or None.
     """
 
     name: str
@@ -55,7 +61,7 @@ class Encoding:
     block_bytes: int
     limit: float
     flush: float
-    encode: Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32] | None], Array]
+    encode: Callable[[npt.NDArray[np.float32], Weighing | None], Array]
 
     def nbytes(self, size: int) -> int:
         """Bytes that `size` elements take; `size` is a multiple of `block`."""
@@ -155,4 +161,9 @@ def encoding(name: str) -> Encoding:
     ) -> Array:
         return quantizer.quantize(number, values, importance, values.size // block * nbytes)
 
-    return Encoding(name, number, block, nbytes, float("inf"), 0.0, quantize)
+    def by(values: npt.NDArray[np.float32], weighing: Weighing | None) -> Array:
+        if isinstance(weighing, Entering):
+            return feedback.encode(name, values, weighing, quantize, block)
+        return quantize(values, weighing)
+
+    return Encoding(name, number, block, nbytes, float("inf"), 0.0, by)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeGuard
+from typing import Any, NoReturn, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.format.reader import MAGIC, GGUFFile, RawValue
 from megrez_gguf.format.writer import KeyValues, TensorInfo, header, padded
+from megrez_gguf.quantization.feedback import Pool
 from megrez_gguf.quantization.imatrix_legacy import read_legacy
 from megrez_gguf.storage.output import OutputFiles
 from megrez_gguf.storage.tensor import Tensor
@@ -29,6 +30,9 @@ Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_PRODUCTS = ".in_products"  # ours: llama.cpp leaves out what it does not know
+# Columns whose products with each other are kept; those further apart count as unrelated.
+GROUP = 2048
 _DATASETS = "imatrix.datasets"
 _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 _F32 = 0
@@ -54,6 +58,11 @@ class Imatrix:
     `[M]`, the rows added up. A matrix without counts has means for sums, and M is 1 for pools, too:
     that is all files in llama-imatrix's old format tell. `datasets` name the texts of `chunk_count`
     chunks of `chunk_size` tokens; `path` is the file they were read from.
+
+    `products`, of a matrix or none, tell which columns go along: sums of the products of a column's
+    activations with those of all columns of its group, float32 `[M, columns, width]`. Groups are of
+    `width` = min(columns, GROUP) columns, the last may be narrower and has zeros then. M is 1 where
+    the experts of a pool read the same state.
     """
 
     sums: Mapping[str, Floats]
@@ -62,6 +71,7 @@ class Imatrix:
     chunk_count: int = 0
     chunk_size: int = 0
     path: Path | None = None
+    products: Mapping[str, Floats] = field(default_factory=dict)
 
     @cached_property
     def means(self) -> dict[str, Floats]:
@@ -108,6 +118,23 @@ class Imatrix:
             means[name] = self.means[name].reshape(expected)
         return means
 
+    def entering_for(self, tensors: Sequence[Shaped]) -> dict[str, Floats | Pool]:
+        """`means_for`, and where there are products, all that rounding by feedback needs.
+
+        Raises ConfigError as that does, and where there are no products at all.
+        """
+        if not self.products:
+            raise ConfigError(
+                f"{self.path or 'the importance matrix'}: has no products, which rounding by "
+                "feedback needs: `megrez-gguf imatrix --products` collects them",
+                option="imatrix",
+            )
+        found: dict[str, Floats | Pool] = dict(self.means_for(tensors))
+        for name, products in self.products.items():
+            if name in found:
+                found[name] = Pool(found[name], products)  # type: ignore[arg-type]
+        return found
+
     def _foreign(self, reason: str) -> NoReturn:
         what = f"{self.path}: " if self.path else ""
         raise ConfigError(f"{what}the importance matrix is of another model: {reason}")
@@ -125,29 +152,39 @@ class Imatrix:
         return values
 
     def to_bytes(self) -> bytes:
-        """The GGUF file that llama-imatrix would write, byte for byte.
+        """The GGUF file that llama-imatrix would write, byte for byte, and `products` with it.
 
         Raises ConfigError: there are no counts to write.
         """
+        return b"".join(self.pieces())
+
+    def pieces(self) -> Iterator[bytes]:
+        """`to_bytes` in pieces, one for each tensor: products may be gigabytes."""
         self._check_counted()
-        infos, data = [], []
+        infos: list[TensorInfo] = []
+        data: list[npt.NDArray[Any]] = []
         for name in sorted(self.sums):
-            for suffix, values in (
-                (_SUMS, self.sums[name]),
-                (_COUNTS, self.counts[name][:, None]),
-            ):
-                raw = values.astype("<f4").tobytes()
+            tensors: dict[str, npt.NDArray[Any]] = {
+                _SUMS: self.sums[name],
+                _COUNTS: self.counts[name][:, None],
+            }
+            if name in self.products:
+                tensors[_PRODUCTS] = self.products[name]
+            for suffix, values in tensors.items():
                 # ggml does not write a slow axis of one.
                 shape = values.shape if len(values) > 1 else values.shape[1:]
-                infos.append(TensorInfo(name + suffix, shape, _F32, len(raw)))
-                data.append(raw + bytes(padded(len(raw)) - len(raw)))
+                infos.append(TensorInfo(name + suffix, shape, _F32, 4 * values.size))
+                data.append(values)
         keys: KeyValues = {
             "general.type": "imatrix",
             _DATASETS: list(self.datasets) or _NO_STRINGS,
             _CHUNK_COUNT: self.chunk_count,
             _CHUNK_SIZE: self.chunk_size,
         }
-        return b"".join((header(keys, infos), *data))
+        yield header(keys, infos)
+        for values in data:
+            raw = values.astype("<f4").tobytes()
+            yield raw + bytes(padded(len(raw)) - len(raw))
 
     def save(self, path: Path, *, force: bool = False) -> None:
         """Write `to_bytes` as the file `path`, all of it or nothing.
@@ -155,10 +192,11 @@ class Imatrix:
         `force` replaces an existing file. Raises OutputError: it exists or cannot be written; and
         what `to_bytes` does.
         """
-        content = self.to_bytes()
+        self._check_counted()
         with OutputFiles([path], force=force) as file:
             file.start(0)
-            file.write(content)
+            for piece in self.pieces():
+                file.write(piece)
 
     def _check_counted(self) -> None:
         if self.sums.keys() != self.counts.keys():
@@ -176,6 +214,7 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
     """
     sums: dict[str, Floats] = {}
     counts: dict[str, Counts] = {}
+    products: dict[str, Floats] = {}
     first: dict[str, Imatrix] = {}
     for part in parts:
         part._check_counted()
@@ -187,6 +226,8 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
         for name, values in part.sums.items():
             if name not in first:
                 first[name], sums[name], counts[name] = part, values, part.counts[name]
+                if name in part.products:
+                    products[name] = part.products[name]
                 continue
             if values.shape != sums[name].shape:
                 raise ConfigError(
@@ -198,6 +239,12 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
             if not np.isfinite(sums[name]).all():
                 raise ConfigError(f"{part.path}: the sums of {name} exceed float32's range")
             counts[name] = counts[name] + part.counts[name]
+            if (name in products) != (name in part.products):
+                raise ConfigError(
+                    f"{part.path} and {first[name].path}: one has products and the other has not"
+                )
+            if name in products:
+                products[name] = products[name] + part.products[name]
     datasets = tuple(name for part in parts for name in part.datasets)
     chunks = sum(part.chunk_count for part in parts)
     if not _is_u32(chunks):
@@ -205,7 +252,7 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
             f"{max(parts, key=lambda part: part.chunk_count).path}: with it they say to be of "
             f"{chunks} chunks, more than a file can tell: damaged"
         )
-    return Imatrix(sums, counts, datasets, chunks, parts[0].chunk_size)
+    return Imatrix(sums, counts, datasets, chunks, parts[0].chunk_size, products=products)
 
 
 def _is_weighed(name: str, shape: tuple[int, ...]) -> bool:
@@ -259,7 +306,11 @@ def _load_gguf(path: Path) -> Imatrix:
     tensors = {tensor.name: tensor for tensor in file.tensors}
     sums: dict[str, Floats] = {}
     counts: dict[str, Counts] = {}
+    products: dict[str, Floats] = {}
     for tensor in file.tensors:
+        if tensor.name.endswith(_PRODUCTS):
+            products[tensor.name.removesuffix(_PRODUCTS)] = _products(tensor)
+            continue
         name, _, half = tensor.name.rpartition(".")
         pair = [tensors.get(name + suffix) for suffix in (_SUMS, _COUNTS)]
         if tensor not in pair or not all(t is not None and t.dtype == "F32" for t in pair):
@@ -277,7 +328,14 @@ def _load_gguf(path: Path) -> Imatrix:
         if not count.size or not total or total % count.size:
             raise GGUFError(f"{path}: {total} sums of {count.size} matrices {name}")
         sums[name] = sums[name].reshape(count.size, -1)
-    return Imatrix(sums, counts, tuple(datasets), chunk_count, chunk_size, path)
+    for name, values in products.items():
+        columns = sums[name].shape[1] if name in sums else 0
+        if values.shape[0] not in (1, len(sums.get(name, ()))) or values.shape[1:] != (
+            columns,
+            min(columns, GROUP),
+        ):
+            raise GGUFError(f"{path}: products of {name} are {values.shape}: damaged")
+    return Imatrix(sums, counts, tuple(datasets), chunk_count, chunk_size, path, products=products)
 
 
 def _is_u32(value: object) -> TypeGuard[int]:
@@ -294,6 +352,17 @@ def _values(tensor: Tensor) -> Floats:
         raise GGUFError(f"{path}: {tensor.name}: the file shrank while it was read")
     _check(values, path, tensor.name)
     return values
+
+
+def _products(tensor: Tensor) -> Floats:
+    """Mapped and not read: they may be larger than memory."""
+    if tensor.dtype != "F32" or len(tensor.shape) not in (2, 3):
+        raise GGUFError(f"{tensor.shard.path}: {tensor.name} is {tensor.dtype} {tensor.shape}")
+    shape = tensor.shape if len(tensor.shape) == 3 else (1, *tensor.shape)
+    try:
+        return np.memmap(tensor.shard.path, "<f4", "r", tensor.begin, shape)
+    except (OSError, ValueError) as e:
+        raise GGUFError(f"{tensor.shard.path}: {tensor.name} cannot be read: {e}") from None
 
 
 def _check(values: Floats, path: Path, name: str) -> None:
