@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Search for the recipes that this project ships, and write them into the package.
 
-    scripts/make_checkpoint.py EMPTY --size full --empty --tokenizer-vocab 4000
+    scripts/make_checkpoint.py EMPTY --size full --empty
     scripts/makers/write_recipes.py --also EMPTY --work FOLDER
 
 The search is that of `megrez-gguf search` on the pocket checkpoint and its own texts, for the sizes
