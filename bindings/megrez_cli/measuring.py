@@ -43,8 +43,8 @@ def imatrix(
         bool,
         typer.Option(
             "--products",
-            help="Collect how columns go along, too, for recipes that round by feedback: the file "
-            "takes gigabytes.",
+            help="Collect how columns go along, too, so that recipes round by feedback: the file "
+            "may take gigabytes.",
         ),
     ] = False,
     force: options.Force = False,
@@ -256,12 +256,6 @@ def search(
             "one; repeatable.  [default: the sizes of stock levels]",
         ),
     ] = None,
-    feedback: Annotated[
-        bool,
-        typer.Option(
-            "--feedback", help="Recipes that round by feedback: takes an --imatrix with products."
-        ),
-    ] = False,
     judge: Annotated[
         bool, typer.Option("--judge/--no-judge", help="Compare with stock levels at the end.")
     ] = True,
@@ -281,7 +275,6 @@ def search(
       megrez-gguf convert Megrez2-3x7B-A3B --recipe recipes/megrez-q4.toml
     """
     _find_folder()
-    from megrez_gguf.quantization.recipe import FEEDBACK
     from megrez_parity import recipe_search
     from megrez_parity.report import prepare, print_table, write
 
@@ -292,7 +285,6 @@ def search(
         work,
         also=also or (),
         sizes=size or (),
-        rounding=FEEDBACK if feedback else "",
         texts=text or (),
         n_ctx=ctx,
         n_windows=windows,

@@ -2,7 +2,7 @@
 
 A level is named like llama.cpp's file types, e.g. "q4_k_m"; "q4_k_m+imatrix" is the same types,
 with rounding weighted by an importance matrix. "recipe:NAME" is a mix of types, ours or from a file
-"recipe:FILE.toml", which may have "+imatrix", too.
+"recipe:FILE.toml"; with "+imatrix" it is rounded by feedback.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Maker:
         mix = recipe.load(base.removeprefix(PREFIX)) if base.startswith(PREFIX) else None
         weights = None
         if base != level:
-            weights = self._weights(products=bool(mix and mix.rounding))
+            weights = self._weights(products=mix is not None)
         self._say(f"{level}: converting")
         if mix:
             done = convert(self._checkpoint, path, imatrix=weights, recipe=mix, allow_zeros=True)

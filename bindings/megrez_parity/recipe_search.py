@@ -22,7 +22,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
@@ -96,7 +96,6 @@ def search(
     *,
     also: Sequence[Path] = (),
     sizes: Sequence[int] = (),
-    rounding: str = "",
     texts: Sequence[Path] = (),
     n_ctx: int = 512,
     n_windows: int = 16,
@@ -107,7 +106,7 @@ def search(
     """Recipes for a checkpoint, one for each of TARGETS, each written to NAME.toml in `work`.
 
     With `sizes` there is one for each of them instead, of at most so many bytes: of the checkpoints
-    `also`, or where there are none, of this one. `rounding` is that of the recipes.
+    `also`, or where there are none, of this one.
 
     `checkpoint`, `texts` and `revision` are those of `harness.measure`. The search sees the windows
     of `n_ctx` tokens at the end of each text, beyond the `n_windows` from its start, which are for
@@ -127,7 +126,7 @@ def search(
     measured = [Sizes(folder, roles) for folder in (source.folder, *also)]
     meter = Meter(
         source, work, texts=texts, n_ctx=n_ctx, n_windows=n_windows, imatrix=imatrix,
-        rounding=rounding, say=say,
+        say=say,
     )  # fmt: skip
     say("what each type of each role adds to the mean KLD:")
     options = choices(meter, roles, measured, say)
@@ -148,7 +147,7 @@ def search(
         budgets = [b - s.other - 1024 for b, s in zip(bounds, measured, strict=True)]
         mix, kld = best_measured(meter, roles, options, budgets, say)
         recipe = recipe_of(
-            mix, roles, name=recipe_name, level=level, rounding=rounding,
+            mix, roles, name=recipe_name, level=level,
             description=f"No larger than {target}. Searched by megrez-gguf search on {name}: "
             f"mean KLD {kld:.2g} over the search's windows.",
         )  # fmt: skip
@@ -202,11 +201,10 @@ def recipe_of(
     name: str = "mix",
     level: str = LEVEL,
     description: str = "",
-    rounding: str = "",
 ) -> Recipe:
     """The types of `mix` for `roles`, in order, and `level` for what is in none of them."""
     types = tuple(zip(roles, mix, strict=True))
-    return Recipe(name, level, types, description, built_in=True, rounding=rounding)
+    return Recipe(name, level, types, description, built_in=True)
 
 
 # --- sizes -------------------------------------------------------------------------------------
@@ -308,10 +306,9 @@ class Meter:
         n_ctx: int,
         n_windows: int,
         imatrix: Path | None,
-        rounding: str,
         say: Say,
     ) -> None:
-        self._checkpoint, self._rounding = source.folder, rounding
+        self._checkpoint = source.folder
         self._imatrix = load(imatrix) if imatrix else None
         corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)
         if not corpus.calibration:
@@ -332,8 +329,7 @@ class Meter:
         )
         self._reference.run()
         weighted = f"-{sha256([imatrix])[0][:16]}" if imatrix else ""
-        rounded = f"-{rounding}" if rounding else ""
-        self._log = work / f"measured-{key}{weighted}{rounded}.jsonl"
+        self._log = work / f"measured-{key}{weighted}.jsonl"
         self._file = work / "candidate.gguf"
         self._known = read_log(self._log)
 
@@ -355,7 +351,7 @@ class Meter:
                 self._file,
                 force=True,
                 imatrix=self._imatrix,
-                recipe=replace(mix, rounding=self._rounding),
+                recipe=mix,
                 allow_zeros=True,
             )
             with Engine(self._file, len(self._windows[0].tokens)) as engine:
@@ -491,10 +487,7 @@ def toml(recipe: Recipe) -> str:
     """The file that `recipe` can be read from again."""
     width = max(len(pattern) for pattern, _ in recipe.types) + 2
     description = textwrap.fill(recipe.description, 98)
-    lines = [f'description = """\n{description}"""', f'level = "{recipe.level}"']
-    if recipe.rounding:
-        lines.append(f'rounding = "{recipe.rounding}"')
-    lines += ["", "[types]"]
+    lines = [f'description = """\n{description}"""', f'level = "{recipe.level}"', "", "[types]"]
     for pattern, kind in recipe.types:
         lines.append(f"'{pattern}'".ljust(width) + f' = "{kind}"')
     return "\n".join(lines) + "\n"

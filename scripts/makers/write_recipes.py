@@ -22,7 +22,6 @@ from megrez_gguf.checkpoint.tokenizer_judge import library_tokenizer
 from megrez_gguf.conversion.convert import convert
 from megrez_gguf.errors import MegrezError
 from megrez_gguf.quantization import recipe
-from megrez_gguf.quantization.recipe import FEEDBACK
 from megrez_parity.recipe_search import judge, search
 from megrez_parity.report import prepare, print_table, write
 from megrez_parity.windows import read_corpus
@@ -70,8 +69,7 @@ def main() -> int:
         prepare(args.work / "report")
         imatrix = learn(POCKET, args.work)
         found = search(
-            POCKET, args.work, also=[args.also], sizes=SIZES, rounding=FEEDBACK,
-            imatrix=imatrix, say=say,
+            POCKET, args.work, also=[args.also], sizes=SIZES, imatrix=imatrix, say=say,
         )  # fmt: skip
         for one in found:
             shutil.copyfile(one.path, TARGET / one.path.name)

@@ -27,7 +27,7 @@ OURS = "megrez-gguf"
 # copied from the file it read.
 HASHES = f"{OURS}.sha256"
 RECIPE = f"{OURS}.recipe"
-ROUNDING = f"{OURS}.rounding"
+ROUNDING, FEEDBACK = f"{OURS}.rounding", "feedback"
 
 
 GATING = {"softmax": 1, "sigmoid": 2}

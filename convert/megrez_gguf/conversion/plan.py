@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megrez_gguf.conversion.metadata import HASHES, RECIPE, ROUNDING, file_stem
+from megrez_gguf.conversion.metadata import FEEDBACK, HASHES, RECIPE, ROUNDING, file_stem
 from megrez_gguf.conversion.source import StoredModel
 from megrez_gguf.conversion.stream import Importance, Item, Outcome, stream
 from megrez_gguf.errors import ConfigError, GGUFError
@@ -216,16 +216,12 @@ def plan(
     if weights is not None and not isinstance(weights, Imatrix):
         weights = imatrix.load(Path(weights))
     values = {**source.values, "general.file_type": levels.file_type(level)}
-    if mix.types or mix.rounding:
+    # llama.cpp's levels stay its own, byte for byte.
+    by_feedback = bool(mix.types and weights and weights.products)
+    if mix.types:
         values[RECIPE] = mix.name
-    if mix.rounding:
-        values[ROUNDING] = mix.rounding
-        if weights is None:
-            raise ConfigError(
-                f"recipe {mix.name} rounds by feedback, which needs an importance matrix with "
-                "products",
-                option="imatrix",
-            )
+    if by_feedback:
+        values[ROUNDING] = FEEDBACK
     if weights is not None:
         values |= weights.key_values()
     if ask_llama_cpp or level not in levels.FLOATS:
@@ -241,7 +237,7 @@ def plan(
     )
     mix.check_matches(i.name for i in items if i.encoding.name not in encode.FLOATS)
     _check_requantized(items)
-    name = mix.name if mix.types or mix.rounding else level.upper()
+    name = mix.name if mix.types else level.upper()
     return Conversion(
         source=source,
         level=level,
@@ -249,14 +245,10 @@ def plan(
         items=items,
         values=values,
         fallbacks=types.fallbacks,
-        importance=_importance(weights, mix, items) if weights else {},
+        importance=weights.weighing_for(items, by_feedback=by_feedback) if weights else {},
         split_max_size=split_max_size,
         warnings=(*source.warnings, *_fallback_remark(types.fallbacks)),
     )
-
-
-def _importance(weights: Imatrix, mix: Recipe, items: Sequence[Item]) -> Importance:
-    return weights.entering_for(items) if mix.rounding else weights.means_for(items)
 
 
 def _check_requantized(items: Sequence[Item]) -> None:

@@ -180,8 +180,8 @@ def _importance(
     if not weighted:
         raise ConfigError(f"{file.shards[0].path}: made without an importance matrix; leave it out")
     weights = imatrix if isinstance(imatrix, Imatrix) else load_imatrix(Path(imatrix))
-    by_feedback = file.values.get(metadata.ROUNDING)
-    return weights.entering_for(items) if by_feedback else weights.means_for(items)
+    by_feedback = file.values.get(metadata.ROUNDING) == metadata.FEEDBACK
+    return weights.weighing_for(items, by_feedback=by_feedback)
 
 
 class _Comparison:
@@ -221,6 +221,6 @@ class _Comparison:
         if item.name in self._sound:
             why = (
                 "written so, and not what this checkpoint gives: other weights, another importance "
-                "matrix, or quantized by another version"
+                "matrix, quantized by another version, or rounded by feedback on another processor"
             )
         self.failures.append(f"{item.name}: differs from row {index} on: {why}")

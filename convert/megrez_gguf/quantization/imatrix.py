@@ -118,22 +118,26 @@ class Imatrix:
             means[name] = self.means[name].reshape(expected)
         return means
 
-    def entering_for(self, tensors: Sequence[Shaped]) -> dict[str, Floats | Pool]:
-        """`means_for`, and where there are products, all that rounding by feedback needs.
+    def weighing_for(
+        self, tensors: Sequence[Shaped], *, by_feedback: bool
+    ) -> dict[str, Floats | Pool]:
+        """`means_for`, or what rounding `by_feedback` needs of the matrices that have products.
 
         Raises ConfigError as that does, and where there are no products at all.
         """
-        if not self.products:
+        means = self.means_for(tensors)
+        if by_feedback and not self.products:
             raise ConfigError(
                 f"{self.path or 'the importance matrix'}: has no products, which rounding by "
                 "feedback needs: `megrez-gguf imatrix --products` collects them",
                 option="imatrix",
             )
-        found: dict[str, Floats | Pool] = dict(self.means_for(tensors))
-        for name, products in self.products.items():
-            if name in found:
-                found[name] = Pool(found[name], products)  # type: ignore[arg-type]
-        return found
+        pools = {
+            name: Pool(means[name], self.products[name])
+            for name in self.products.keys() & means.keys()
+            if by_feedback
+        }
+        return {**means, **pools}
 
     def _foreign(self, reason: str) -> NoReturn:
         what = f"{self.path}: " if self.path else ""

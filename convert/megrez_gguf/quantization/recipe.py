@@ -4,14 +4,14 @@ Those in the folder `recipes` go by name; anyone's own is a TOML file:
 
     description = "..."
     level = "q4_k_m"          # decides every tensor not named below
-    rounding = "feedback"     # needs products in the importance matrix; left out: as llama.cpp
 
     [types]                   # regular expression searched for in the tensor's name = its type
     "ffn_down_exps" = "iq4_nl"
     'blk\\.0\\.' = "q8_0"
 
 The expressions are those of llama-quantize's `--tensor-type`: the first that matches counts, and a
-type whose blocks do not fit the rows falls back as it does at any level.
+type whose blocks do not fit the rows falls back as it does at any level. With an importance matrix
+that has products, weights are rounded by feedback: see that module.
 """
 
 from __future__ import annotations
@@ -28,23 +28,18 @@ from megrez_gguf.errors import ConfigError
 from megrez_gguf.quantization import levels, patterns
 from megrez_gguf.text import clip
 
-FEEDBACK = "feedback"
 _FOLDER = Path(__file__).with_name("recipes")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`types` are pairs of a pattern and a ggml type, in order.
-
-    `rounding` is "" for llama.cpp's own, or "feedback": see that module.
-    """
+    """`types` are pairs of a pattern and a ggml type, in order."""
 
     name: str
     level: str
     types: tuple[tuple[str, str], ...] = ()
     description: str = ""
     built_in: bool = False
-    rounding: str = ""
 
     def check_matches(self, names: Iterable[str]) -> None:
         """Raise ConfigError for a pattern that is in no tensor's name: it would do nothing.
@@ -98,17 +93,12 @@ def _parse(name: str, where: str, text: str) -> Recipe:
         raw: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as e:  # also of numbers too long to convert
         raise fail(f"cannot be read as TOML: {e}") from None
-    if unknown := raw.keys() - {"description", "level", "types", "rounding"}:
-        raise fail(
-            f"unknown key {min(unknown)!r}; expected description, level, rounding and [types]"
-        )
+    if unknown := raw.keys() - {"description", "level", "types"}:
+        raise fail(f"unknown key {min(unknown)!r}; expected description, level and [types]")
     level, types = raw.get("level"), raw.get("types", {})
     description = raw.get("description", "")
     if not isinstance(level, str):
         raise fail(f"level: expected a name such as 'q4_k_m', found {level!r}")
-    rounding = raw.get("rounding", "")
-    if rounding not in ("", FEEDBACK):
-        raise fail(f"rounding: expected {FEEDBACK!r} or nothing, found {clip(rounding)}")
     if not isinstance(types, dict) or not isinstance(description, str):
         raise fail("expected a text `description` and a table `types`")
     try:
@@ -126,4 +116,4 @@ def _parse(name: str, where: str, text: str) -> Recipe:
         raise fail(
             f"types: {clip(pattern)} is no regular expression, or none for names: {e}"
         ) from None
-    return Recipe(name, level, tuple(types.items()), description, rounding=rounding)
+    return Recipe(name, level, tuple(types.items()), description)

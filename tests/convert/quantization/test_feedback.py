@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from megrez_gguf import convert
 from megrez_gguf.errors import ConfigError, GGUFError
 from megrez_gguf.examination.verification import verify
+from megrez_gguf.format.reader import GGUFFile
 from megrez_gguf.quantization import codes, feedback, imatrix
 from megrez_gguf.quantization.encode import encoding
 from megrez_gguf.quantization.feedback import Entering, Pool, Products
 from megrez_gguf.quantization.imatrix import Imatrix, merge
-from megrez_gguf.quantization.recipe import Recipe, load
+from megrez_gguf.quantization.recipe import Recipe
 from support.paths import POCKET
 
 KINDS = (
@@ -159,7 +160,7 @@ def test_types_without_codes_are_rounded_plainly() -> None:
 
 # --- in a conversion ---------------------------------------------------------------------------
 
-MIX = Recipe("mine", "q4_0", ((r"ffn_gate_exps", "q3_K"),), rounding="feedback")
+MIX = Recipe("mine", "q4_0", ((r"ffn_gate_exps", "q3_K"),))
 
 
 @pytest.fixture(scope="module")
@@ -201,21 +202,15 @@ def test_levels_of_llama_cpp_stay_its_own(learned: Imatrix, tmp_path: Path) -> N
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_without_products_it_is_refused(learned: Imatrix, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"feedback.*products"):
-        convert(POCKET, tmp_path / "x.gguf", recipe=MIX)
+def test_without_products_a_recipe_rounds_as_llama_cpp(learned: Imatrix, tmp_path: Path) -> None:
+    bare = replace(learned, products={})
+    plain = convert(POCKET, tmp_path / "x.gguf", recipe=MIX, imatrix=bare).path
+    made = convert(POCKET, tmp_path / "y.gguf", recipe=MIX, imatrix=learned).path
+    key = "megrez-gguf.rounding"
+    assert [GGUFFile.open(path).values.get(key) for path in (plain, made)] == [None, "feedback"]
+    assert not verify(plain, POCKET, imatrix=learned).failures
     with pytest.raises(ConfigError, match="imatrix --products"):
-        convert(POCKET, tmp_path / "x.gguf", recipe=MIX, imatrix=replace(learned, products={}))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_recipe_says_how_it_rounds(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text('level = "q4_0"\nrounding = "feedback"\n', "utf-8")
-    assert load(path).rounding == "feedback"
-    path.write_text('level = "q4_0"\nrounding = "up"\n', "utf-8")
-    with pytest.raises(ConfigError, match="rounding: expected 'feedback'"):
-        load(path)
+        verify(made, POCKET, imatrix=bare)
 
 
 # --- the file ----------------------------------------------------------------------------------
