@@ -28,23 +28,27 @@ def read(folder: Path) -> Answers:
     """What `eval --out FOLDER` found. Raises SourceError: there is nothing, or something else."""
     path = folder / NAME
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return Answers(
-            [_score(model["model"], task) for model in found["models"] for task in model["tasks"]],
-            [_flipped(one) for one in found["differences"]],
-        )
+        return answers(json.loads(path.read_text("utf-8")))
     except OSError as e:
         raise SourceError(f"{path}: {e.strerror}; megrez-gguf eval --out writes it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{path}: not what megrez-gguf eval --out writes ({e!r})") from None
 
 
+def answers(found: dict[str, Any]) -> Answers:
+    """What an evaluation found, as plain data. Raises KeyError, ValueError, TypeError for other."""
+    return Answers(
+        [_score(model["model"], task) for model in found["models"] for task in model["tasks"]],
+        [_flipped(one) for one in found["differences"]],
+    )
+
+
 def _score(model: str, task: dict[str, Any]) -> Answered:
-    score = task["score"]
+    score, named = task["score"], task["filter"]
     return Answered(
         model=model,
         task=task["task"],
-        metric=task["metric"],
+        metric=task["metric"] if named == "none" else f"{task['metric']}, {named}",
         n=int(score["n"]),
         value=float(score["value"]),
         low=float(score["low"]),

@@ -20,13 +20,14 @@ def answered(answers: Answers) -> Section:
         "McNemar's exact test, and under least that shows stands the smallest difference of scores "
         "that so many flips could show. Above p = 0.05 no difference was shown, which is not that "
         "there is none.",
-        tables=[_scores(answers.scores), _flips(answers.flips), _lost(answers.flips)],
+        tables=[scores(answers.scores), flips(answers.flips), _lost(answers.flips)],
     )
 
 
-def _scores(scores: Sequence[Answered]) -> Table:
+def scores(found: Sequence[Answered]) -> Table:
+    """What each model scores in each task."""
     rows = []
-    for one in scores:
+    for one in found:
         form = (lambda x: number(x, ".4f")) if one.metric == "bits_per_byte" else percent
         value = form(one.value)
         rows.append(
@@ -44,13 +45,14 @@ def _scores(scores: Sequence[Answered]) -> Table:
     return Table("Scores", header, rows, frozenset({0, 1, 2}))
 
 
-def _flips(flips: Sequence[Flipped]) -> Table:
+def flips(found: Sequence[Flipped]) -> Table:
+    """In how many questions models differ, and what that shows."""
     rows = []
-    for one in flips:
-        found = verdict(one.lost, one.won, one.p)
+    for one in found:
+        shown = verdict(one.lost, one.won, one.p)
         names = [clean(name) for name in (one.task, one.first, one.second)]
         counts = [f"{one.lost:,}", f"{one.won:,}", number(one.p), percent(one.least)]
-        rows.append([*names, *counts, Bad(found) if found == "worse" else found])
+        rows.append([*names, *counts, Bad(shown) if shown == "worse" else shown])
     header = ["task", "from", "to", "lost", "won", "p", "least that shows", ""]
     return Table("What changed", header, rows, frozenset({0, 1, 2, 7}))
 

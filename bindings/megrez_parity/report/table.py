@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megrez_parity.report.content import Bad
+from megrez_parity.report.content import Table as Content
 from megrez_parity.report.judgement import glance
 from megrez_parity.report.words import clean, mib, number
 from megrez_parity.results import ParityReport
@@ -16,10 +17,14 @@ from megrez_parity.results import ParityReport
 
 def print_table(report: ParityReport) -> None:
     """Print `report` to stdout; outside a terminal as plain, unwrapped text."""
+    print_content(glance(report), _remarks(report))
+
+
+def print_content(content: Content, remarks: Iterable[str] = ()) -> None:
+    """Print one table to stdout, and `remarks` below; outside a terminal unwrapped."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=100_000)
-    content = glance(report)
     table = Table(box=None, pad_edge=False)
     for i, heading in enumerate(content.header):
         table.add_column(heading, justify="left" if i in content.left else "right", no_wrap=i > 0)
@@ -32,7 +37,7 @@ def print_table(report: ParityReport) -> None:
     console.width = max(width, needed)
     console.print(table)
     console.width = width
-    for line in _remarks(report):
+    for line in remarks:
         console.print(Text(line))
 
 
