@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from megrez_cli import main
-from megrez_gguf.conversion.convert import convert
+from megrez_gguf.conversion.convert import convert, plan_convert
 from megrez_gguf.quantization import recipe
 from megrez_parity import recipe_search as search
 from megrez_parity.recipe_search import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
 from support.paths import POCKET
-from support.random_checkpoint import SMALL, make_checkpoint
+from support.random_checkpoint import FULL, SMALL, make_checkpoint
 
 
 def options(seed: int, roles: int = 5) -> list[list[Choice]]:
@@ -118,3 +118,19 @@ def test_searches_judges_and_goes_on(
     monkeypatch.setattr(search.Meter, "_measure", measure)
     assert run("--no-judge") == text
     assert len(measured) == 1
+
+
+@pytest.mark.slow
+def test_a_size_of_its_own(arguments: list[str], tmp_path: Path) -> None:
+    """Of another checkpoint: how large this one becomes does not matter."""
+    large = make_checkpoint(FULL, tmp_path / "full", tokenizer_vocab=4000, empty=True)
+    size = plan_convert(large, "x", outtype="q5_0").nbytes
+    arguments += ["--also", str(large), "--size", str(size), "--no-judge"]
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 0
+    (path,) = (tmp_path / "work").glob("megrez-*.toml")
+    found = recipe.load(path)
+    assert found.name == f"megrez-{size / 2**30:g}g"
+    assert set(dict(found.types).values()) != {"q4_0"}
+    assert size * 0.9 < plan_convert(large, "x", recipe=found).nbytes <= size
