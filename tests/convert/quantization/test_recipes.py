@@ -19,17 +19,26 @@ from support.random_checkpoint import FULL, make_checkpoint
 
 # A recipe's name says whose size it may have.
 BOUNDS = {"megrez-q3": "q3_k_m", "megrez-q4": "q4_k_m", "megrez-q5": "q5_k_m"}
+# Or how many GiB it may have at full size.
+SIZES = {"megrez-3g": 3.0, "megrez-3.5g": 3.5, "megrez-4g": 4.0}
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The full size, without weights."""
     folder = tmp_path_factory.mktemp("full") / "full"
-    return make_checkpoint(FULL, folder, tokenizer_vocab=4000, empty=True)
+    return make_checkpoint(FULL, folder, empty=True)
 
 
 def test_all_are_known() -> None:
-    assert recipe.names() == sorted(BOUNDS)
+    assert recipe.names() == sorted([*BOUNDS, *SIZES])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_no_larger_than_it_says(name: str, full: Path) -> None:
+    mine = plan_convert(full, recipe=name)
+    assert 0.99 < mine.nbytes / 2**30 / SIZES[name] <= 1
+    assert mine.fallbacks == ()
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -41,7 +50,7 @@ def test_no_larger_than_the_level(name: str, full: Path) -> None:
         assert mine.path.name.endswith(f"-{name}.gguf")
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("name", [*BOUNDS, *SIZES])
 def test_names_every_tensor_once(name: str, full: Path) -> None:
     types = recipe.load(name).types
     for item in plan_convert(full, recipe=name).items:
@@ -60,7 +69,7 @@ def test_names_every_tensor_once(name: str, full: Path) -> None:
 )
 def test_serves_any_configuration(make: Make, tmp_path: Path, fields: dict[str, Any]) -> None:
     assert (TINY | fields) != TINY
-    for name in BOUNDS:
+    for name in (*BOUNDS, *SIZES):
         out = tmp_path / f"{name}.gguf"
         done = cli("convert", make(**fields), "-o", out, "--recipe", name)
         assert done.exit_code == 0, done.stderr
