@@ -18,6 +18,7 @@ from megrez_eval.served_lm import ServedLM
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.text import Say, silent
 from megrez_parity.level_files import Maker
+from megrez_parity.provenance import checkpoint_sha256
 
 Open = Callable[[], AbstractContextManager[LM]]
 
@@ -64,9 +65,8 @@ def engines(checkpoint: str, texts: Sequence[str], keep: Path | None = None) -> 
     def opened(text: str) -> Iterator[LM]:
         lm = open_engine(text, checkpoint)
         if keep:
-            location = Path(checkpoint)
-            index = max((f.stat().st_mtime_ns for f in location.glob("*.safetensors")), default=0)
-            whose = hashlib.sha256(f"{location.resolve()} {index} {text}".encode()).hexdigest()
+            weights = checkpoint_sha256(Checkpoint.find(checkpoint))
+            whose = hashlib.sha256(f"{weights} {text}".encode()).hexdigest()
             lm = CachingLM(lm, str(keep / f"answers-{whose[:16]}.db"))
         yield lm
 
