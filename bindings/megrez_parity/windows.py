@@ -27,7 +27,7 @@ from megrez_parity.results import Text
 Tokens = NDArray[np.int32]
 
 # Windows a text gives for an importance matrix: from its end, so never those that are scored.
-_CALIBRATION = 8
+CALIBRATION = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def read_corpus(
         whole = len(ids) // n_ctx
         cut = [Window(domain, _window(ids, i * n_ctx, n_ctx, bos)) for i in range(whole)]
         corpus.windows.extend(cut[:n_windows])
-        corpus.calibration.extend(cut[n_windows:][-_CALIBRATION:])
+        corpus.calibration.extend(cut[n_windows:][-CALIBRATION:])
         digest = hashlib.sha256(raw).hexdigest()
         corpus.texts.append(Text(domain, str(path), digest, len(ids), min(whole, n_windows)))
         corpus.contents.append(content)

@@ -24,13 +24,13 @@ from megrez_gguf.errors import MegrezError
 from megrez_gguf.quantization import recipe
 from megrez_parity.recipe_search import judge, search
 from megrez_parity.report import prepare, print_table, write
-from megrez_parity.windows import read_corpus
+from megrez_parity.windows import CALIBRATION, read_corpus
 from megrez_runtime.calibration import calibrate
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "tests" / "data" / "pocket"
 TARGET = Path(recipe.__file__).with_name("recipes")
-CONTEXT, JUDGED, SEARCHED = 512, 16, 8  # tokens a window, and windows of each text
+CONTEXT, JUDGED = 512, 16  # tokens a window, and windows of each text
 SIZES = [int(gib * 2**30) for gib in (4.0, 3.5, 3.0)]
 
 
@@ -47,7 +47,7 @@ def learn(checkpoint: Path, work: Path) -> Path:
     tokenizer = library_tokenizer(checkpoint / "tokenizer.json")
     texts = []
     for text, ids in zip(corpus.texts, corpus.ids, strict=True):
-        end = (len(ids) // CONTEXT - SEARCHED) * CONTEXT
+        end = (len(ids) // CONTEXT - CALIBRATION) * CONTEXT
         texts.append(work / f"{text.domain}-middle.txt")
         middle = tokenizer.decode(ids[JUDGED * CONTEXT : end].tolist(), skip_special_tokens=False)
         texts[-1].write_text(middle, "utf-8")
