@@ -62,6 +62,12 @@ def needles(engine: Engine, count: int) -> list[Needle]:
     return found
 
 
+def log_softmax(logits: Rows) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64) - float(logits.max())
+    wide -= math.log(float(np.exp(wide).sum()))
+    return wide
+
+
 def ask(context: Context, end: int, needle: Needle) -> float:
     """Bits a token of the number, asked for at position `end`; leaves the cache as it was."""
     tokens = [*needle.asked, *needle.number]
@@ -70,8 +76,7 @@ def ask(context: Context, end: int, needle: Needle) -> float:
     C.llama_memory_seq_rm(context.memory, 0, end, -1)
     bits = 0.0
     for at, logits in rows.items():
-        wide = logits.astype(np.float64) - float(logits.max())
-        bits -= (wide[tokens[at + 1]] - math.log(float(np.exp(wide).sum()))) / math.log(2)
+        bits -= float(log_softmax(logits)[tokens[at + 1]]) / math.log(2)
     return bits / len(needle.number)
 
 
@@ -122,8 +127,7 @@ def read(
                 rows = context.rows((t, at + i, (0,), True) for i, t in enumerate(part))
                 one.seconds += time.perf_counter() - begun
                 for i, logits in rows.items():
-                    wide = logits.astype(np.float64) - float(logits.max())
-                    wide -= math.log(float(np.exp(wide).sum()))
+                    wide = log_softmax(logits)
                     if at + i + 1 < len(tokens):
                         one.nll -= float(wide[tokens[at + i + 1]])
                     if at + i in wanted:

@@ -122,7 +122,7 @@ def grid(kind: str, blocks: Bytes) -> Grid:
     base = values(0)
     if kind not in _CODEBOOK:
         return Grid(base, values(1) - base, top)
-    return Grid(base, base, top, np.stack([values(code) for code in range(top + 1)], -1))
+    return Grid(base, base, top, np.stack([base, *map(values, range(1, top + 1))], -1))
 
 
 def _values(kind: str, blocks: Bytes) -> Floats:
