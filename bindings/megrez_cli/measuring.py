@@ -256,6 +256,13 @@ def search(
             "one; repeatable.  [default: the sizes of stock levels]",
         ),
     ] = None,
+    pad_rows: Annotated[
+        bool,
+        typer.Option(
+            "--pad-rows",
+            help="Try types whose blocks are wider than experts, with zeros after rows.",
+        ),
+    ] = False,
     judge: Annotated[
         bool, typer.Option("--judge/--no-judge", help="Compare with stock levels at the end.")
     ] = True,
@@ -289,6 +296,7 @@ def search(
         n_ctx=ctx,
         n_windows=windows,
         imatrix=imatrix,
+        pad_rows=pad_rows,
         revision=revision,
         say=console.say,
     )

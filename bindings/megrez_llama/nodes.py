@@ -84,11 +84,13 @@ def name_of(node: Tensor) -> tuple[str, int]:
 class Product:
     """A product with one of the model's matrices.
 
-    `inputs` enter it; `ids` are the experts that each row goes to, None outside pools.
+    `inputs` enter it, the first `columns` of each row: zeros may come after them. `ids` are the
+    experts that each row goes to, None outside pools.
     """
 
     weight: Tensor
     inputs: Tensor
+    columns: int
     ids: Tensor | None
 
     @property
@@ -102,9 +104,9 @@ def product(node: Tensor) -> Product | None:
     kind = op_name(node.op)
     if kind not in ("MUL_MAT", "MUL_MAT_ID"):
         return None
-    found = Product(
-        node.source(0), node.source(1), node.source(2) if kind == "MUL_MAT_ID" else None
-    )
+    weight, inputs = node.source(0), node.source(1)
+    rows = inputs.source(0) if op_name(inputs.op) == "PAD" else inputs
+    found = Product(weight, inputs, rows.ne[0], node.source(2) if kind == "MUL_MAT_ID" else None)
     is_ours = found.name.startswith("blk.") or found.name == "output.weight"
     return found if is_ours and found.inputs.type == F32 else None
 

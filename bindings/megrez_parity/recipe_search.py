@@ -22,7 +22,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -100,6 +100,7 @@ def search(
     n_ctx: int = 512,
     n_windows: int = 16,
     imatrix: Path | None = None,
+    pad_rows: bool = False,
     revision: str | None = None,
     say: Say = silent,
 ) -> list[Found]:
@@ -111,8 +112,9 @@ def search(
     `checkpoint`, `texts` and `revision` are those of `harness.measure`. The search sees the windows
     of `n_ctx` tokens at the end of each text, beyond the `n_windows` from its start, which are for
     `judge`. Recipes are to be no larger than their target for the folders `also`, too. Rounding is
-    weighted by the file `imatrix`, if there is one. `work` is created; measurements that are in it
-    already are not made again. `say` is told what is being done.
+    weighted by the file `imatrix`, if there is one. `pad_rows` lets types whose blocks do not fit
+    the pools' down projections be tried, with zeros after their rows. `work` is created;
+    measurements that are in it already are not made again. `say` is told what is being done.
 
     Raises MegrezError: texts with no token beyond the windows to judge by, tensors in no role, no
     mix as small as a target, a divergence that is not finite, a folder that cannot be made, and
@@ -123,10 +125,10 @@ def search(
     source = Checkpoint.find(checkpoint, revision=revision, say=say)
     name = Path(checkpoint).name
     roles = roles_of(source.folder)
-    measured = [Sizes(folder, roles) for folder in (source.folder, *also)]
+    measured = [Sizes(folder, roles, pad_rows=pad_rows) for folder in (source.folder, *also)]
     meter = Meter(
         source, work, texts=texts, n_ctx=n_ctx, n_windows=n_windows, imatrix=imatrix,
-        say=say,
+        pad_rows=pad_rows, say=say,
     )  # fmt: skip
     say("what each type of each role adds to the mean KLD:")
     options = choices(meter, roles, measured, say)
@@ -147,7 +149,7 @@ def search(
         budgets = [b - s.other - 1024 for b, s in zip(bounds, measured, strict=True)]
         mix, kld = best_measured(meter, roles, options, budgets, say)
         recipe = recipe_of(
-            mix, roles, name=recipe_name, level=level,
+            mix, roles, name=recipe_name, level=level, pad_rows=pad_rows,
             description=f"No larger than {target}. Searched by megrez-gguf search on {name}: "
             f"mean KLD {kld:.2g} over the search's windows.",
         )  # fmt: skip
@@ -200,11 +202,12 @@ def recipe_of(
     *,
     name: str = "mix",
     level: str = LEVEL,
+    pad_rows: bool = False,
     description: str = "",
 ) -> Recipe:
     """The types of `mix` for `roles`, in order, and `level` for what is in none of them."""
     types = tuple(zip(roles, mix, strict=True))
-    return Recipe(name, level, types, description, built_in=True)
+    return Recipe(name, level, types, description, pad_rows, built_in=True)
 
 
 # --- sizes -------------------------------------------------------------------------------------
@@ -216,15 +219,16 @@ class Sizes:
     `other` is in bytes: what is in no role, and so the same in every mix.
     """
 
-    def __init__(self, checkpoint: Path, roles: Sequence[str]) -> None:
-        self._checkpoint, self.roles = checkpoint, roles
+    def __init__(self, checkpoint: Path, roles: Sequence[str], *, pad_rows: bool = False) -> None:
+        self._checkpoint, self.roles, self._pad_rows = checkpoint, roles, pad_rows
         self._of = {kind: self._plan(kind) for kind in TYPES}
         self.other = self._rest(plan_convert(checkpoint, "x", outtype=BASE))
 
     def _plan(self, kind: str) -> dict[str, int]:
         """By role, where all its rows can hold `kind`."""
         mix = (kind,) * len(self.roles)
-        plan = plan_convert(self._checkpoint, "x", recipe=recipe_of(mix, self.roles))
+        recipe = recipe_of(mix, self.roles, pad_rows=self._pad_rows)
+        plan = plan_convert(self._checkpoint, "x", recipe=recipe)
         lacking = {fallback.tensor for fallback in plan.fallbacks}
         sizes = {}
         for role in self.roles:
@@ -306,9 +310,10 @@ class Meter:
         n_ctx: int,
         n_windows: int,
         imatrix: Path | None,
+        pad_rows: bool = False,
         say: Say,
     ) -> None:
-        self._checkpoint = source.folder
+        self._checkpoint, self._pad_rows = source.folder, pad_rows
         self._imatrix = load(imatrix) if imatrix else None
         corpus = read_corpus(source, texts, n_ctx=n_ctx, n_windows=n_windows)
         if not corpus.calibration:
@@ -351,7 +356,7 @@ class Meter:
                 self._file,
                 force=True,
                 imatrix=self._imatrix,
-                recipe=mix,
+                recipe=replace(mix, pad_rows=self._pad_rows),
                 allow_zeros=True,
             )
             with Engine(self._file, len(self._windows[0].tokens)) as engine:
@@ -487,7 +492,8 @@ def toml(recipe: Recipe) -> str:
     """The file that `recipe` can be read from again."""
     width = max(len(pattern) for pattern, _ in recipe.types) + 2
     description = textwrap.fill(recipe.description, 98)
-    lines = [f'description = """\n{description}"""', f'level = "{recipe.level}"', "", "[types]"]
+    lines = [f'description = """\n{description}"""', f'level = "{recipe.level}"']
+    lines += ["pad_rows = true"] * recipe.pad_rows + ["", "[types]"]
     for pattern, kind in recipe.types:
         lines.append(f"'{pattern}'".ljust(width) + f' = "{kind}"')
     return "\n".join(lines) + "\n"

@@ -287,7 +287,7 @@ class _Collector(Engine):
             return len(names) == 1
         ids = read(product.ids)[0, 0] if product.ids is not None else None  # [rows, K]
         x = self._unscaled.pop(key[0], None)
-        x = read(product.inputs) if x is None else x
+        x = read(product.inputs)[..., : product.columns] if x is None else x
         with np.errstate(over="ignore"):  # `_add` complains
             self._added[key] = _squares(x[0], ids, product.weight.ne[2])
             if self._products is not None:

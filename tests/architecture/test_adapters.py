@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from support.configurations import FOR_K_QUANTS
-from support.gguf_edit import F32, STRING, Gguf, floats
+from support.gguf_edit import F32, STRING, Gguf, floats, with_padded_rows
 from support.llama import Context, Model, nmse, opened, said
 from support.samples import TOKENS, Sample
 
@@ -145,6 +145,16 @@ def test_lora_on_a_pool_of_many_layers(sample: Callable[..., Sample], tmp_path: 
         with Context(loaded) as context:
             C.llama_set_adapters_lora(context.handle, adapters, 1, (ctypes.c_float * 1)(1.0))
             assert nmse(expected, context.run(TOKENS)) < 1e-9
+
+
+def test_lora_on_a_pool_of_padded_rows(tiny: Sample, tmp_path: Path) -> None:
+    """Refused, by its shape: it would have to be padded as well."""
+    path, _ = make_lora(tmp_path / "lora.gguf", tiny.weights, ("down_exps",), seed=1)
+    wide = with_padded_rows(tiny.gguf, tmp_path / "wide.gguf", 256)
+    with Model(wide) as model:
+        said()
+        assert not C.llama_adapter_lora_init(model.handle, str(path).encode())
+        assert "incorrect shape" in said()
 
 
 @pytest.mark.parametrize("fields", [{}, {"pre_gate": False}])

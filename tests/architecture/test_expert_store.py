@@ -15,13 +15,14 @@ from typing import Any
 import llama_cpp as C
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from megrez_gguf import convert
 from megrez_gguf.machine import resident_memory
 from megrez_llama import ggml
 from megrez_llama.expert_store import CACHE_KEY
 from support.configurations import FOR_K_QUANTS
-from support.gguf_edit import STRING, U32, Gguf
+from support.gguf_edit import STRING, U32, Gguf, with_padded_rows
 from support.llama import Context, LlamaError, Model, Row, opened
 from support.marks import loop_takes
 from support.samples import TOKENS, Sample
@@ -134,6 +135,15 @@ def test_bit_identical(sample: Callable[..., Sample], shape: str, outtype: str) 
         np.testing.assert_array_equal(store(path, slots), expected)
     np.testing.assert_array_equal(store(path, EXPERTS, direct=False), expected)
     np.testing.assert_array_equal(store(path, EXPERTS, threads=1), expected)
+
+
+def test_rows_with_zeros_after_them(tiny: Sample, tmp_path: Path) -> None:
+    path = with_padded_rows(tiny.gguf, tmp_path / "wide.gguf", 256, GGMLQuantizationType.Q8_0)
+    assert slot_bytes(path) > slot_bytes(tiny.gguf) // 8
+    np.testing.assert_array_equal(store(path, EXPERTS, 1), plain(path, 1))
+    other = with_padded_rows(tiny.gguf, tmp_path / "other.gguf", 128)
+    with pytest.raises(LlamaError, match=r"ffn_down_exps.*wrong shape.*96.*128"):
+        store(other, EXPERTS)
 
 
 @pytest.mark.parametrize("shape", ["as published", "no pre-gate", "groups of experts"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
 
 ALIGNMENT = 32
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -147,3 +148,22 @@ class Gguf:
 
 def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % ALIGNMENT)
+
+
+def with_padded_rows(
+    source: Path,
+    path: Path,
+    columns: int,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    *,
+    filling: float = 0.0,
+) -> Path:
+    """The F32 model `source` as `path`: the pools' down projections in `kind`, so much wider."""
+    file = Gguf.read(source)
+    for name, tensor in file.tensors.items():
+        if "ffn_down_exps" in name:
+            values = tensor.floats()
+            missing = [(0, 0), (0, 0), (0, columns - values.shape[-1])]
+            wide = np.pad(values, missing, constant_values=filling)
+            file.tensors[name] = Tensor(kind, wide.shape[::-1], quantize(wide, kind).tobytes())
+    return file.write(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megrez_gguf.conversion.metadata import FEEDBACK, HASHES, RECIPE, ROUNDING, file_stem
+from megrez_gguf.conversion.padding import padded as with_padded_rows
 from megrez_gguf.conversion.source import StoredModel
 from megrez_gguf.conversion.stream import Importance, Item, Outcome, stream
 from megrez_gguf.errors import ConfigError, GGUFError
@@ -224,16 +225,19 @@ def plan(
         values[ROUNDING] = FEEDBACK
     if weights is not None:
         values |= weights.key_values()
+    tensors = source.tensors
     if ask_llama_cpp or level not in levels.FLOATS:
-        infos = [item.info for item in source.tensors]
-        types = choose_types(
-            values, infos, level, weighted=weights is not None, overrides=mix.types
-        )
+        options: dict[str, Any] = {"weighted": weights is not None, "overrides": mix.types}
+        types = choose_types(values, [i.info for i in tensors], level, **options)
+        if mix.pad_rows:
+            lacking = {fallback.tensor for fallback in types.fallbacks}
+            tensors = tuple(with_padded_rows(i) if i.name in lacking else i for i in tensors)
+            types = choose_types(values, [i.info for i in tensors], level, **options)
     else:
-        types = Types({i.name: level.upper() for i in source.tensors})
+        types = Types({i.name: level.upper() for i in tensors})
     items = tuple(
         replace(i, encoding=encoding("F32" if i.name in source.f32 else types.chosen[i.name]))
-        for i in source.tensors
+        for i in tensors
     )
     mix.check_matches(i.name for i in items if i.encoding.name not in encode.FLOATS)
     _check_requantized(items)
@@ -245,7 +249,7 @@ def plan(
         items=items,
         values=values,
         fallbacks=types.fallbacks,
-        importance=weights.weighing_for(items, by_feedback=by_feedback) if weights else {},
+        importance=weights.weighing_for(source.tensors, by_feedback=by_feedback) if weights else {},
         split_max_size=split_max_size,
         warnings=(*source.warnings, *_fallback_remark(types.fallbacks)),
     )

@@ -12,6 +12,7 @@ measured (scripts/benchmarks/README.md).
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from megrez_gguf.format.writer import TensorInfo
 from megrez_gguf.machine import available_cpus
 from megrez_gguf.quantization import encode
 from megrez_gguf.quantization.encode import Array, Encoding, Loss
-from megrez_gguf.quantization.feedback import Pool
+from megrez_gguf.quantization.feedback import Pool, with_zeros
 from megrez_gguf.storage.open_shards import OpenShards
 from megrez_gguf.storage.opening import AGAIN
 from megrez_gguf.storage.tensor import RAW_DTYPE, Tensor
@@ -63,9 +64,10 @@ Importance = Mapping[str, npt.NDArray[np.float32] | Pool]
 class Item:
     """One tensor to be written: the stack of `sources` along its first axis, as `encoding`.
 
-    `shape` is in numpy's order. A source holds one matrix `[rows, columns]` or several. `sha256` is
-    what the bytes of the sources must have, where that is known. Rows of a source from `known_rows`
-    on may be zero; see `zeros.unwritten`.
+    `shape` is in numpy's order. A source holds one matrix `[rows, columns]` or several; where its
+    rows are shorter than those of `shape`, zeros come after them. `sha256` is what the bytes of the
+    sources must have, where that is known. Rows of a source from `known_rows` on may be zero; see
+    `zeros.unwritten`.
     """
 
     name: str
@@ -77,13 +79,13 @@ class Item:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Number of elements, without zeros after rows."""
         return sum(t.size for t in self.sources)
 
     @property
     def nbytes(self) -> int:
         """Size as written."""
-        return self.encoding.nbytes(self.size)
+        return self.encoding.nbytes(math.prod(self.shape))
 
     @property
     def info(self) -> TensorInfo:
@@ -145,7 +147,6 @@ class _Piece:
 
 
 def _pieces(item: Item) -> Iterator[_Piece]:
-    columns = item.shape[-1]
     rows = item.shape[-2] if len(item.shape) > 1 else 1
     matrix = 0
     for source in item.sources:
@@ -153,8 +154,8 @@ def _pieces(item: Item) -> Iterator[_Piece]:
             for offset in range(0, source.nbytes, _COPY):
                 yield _Piece(item, source, offset, min(_COPY, source.nbytes - offset), 0, 0)
             continue
-        size = source.nbytes // source.size * columns  # bytes of a row
-        step = max(PIECE // columns, 1)
+        size = source.nbytes // source.size * source.shape[-1]  # bytes of a row
+        step = max(PIECE // item.shape[-1], 1)
         # No piece reaches into the next matrix: each has its own importance.
         for begin in range(0, source.nbytes, rows * size):
             for row in range(0, rows, step):
@@ -285,7 +286,8 @@ class _Stream:
         importance = self.importance.get(piece.item.name)
         weights = None if importance is None else importance[piece.matrix]
         try:
-            return encoding.encode(values.reshape(piece.rows, -1), weights), loss
+            rows = with_zeros(values.reshape(piece.rows, -1), piece.item.shape[-1])
+            return encoding.encode(rows, weights), loss
         except OverflowError:
             raise CheckpointError(
                 f"{piece.source.shard.path}: tensor {piece.source.name}: has weights beyond the "

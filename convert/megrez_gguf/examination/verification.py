@@ -14,6 +14,7 @@ import numpy as np
 
 from megrez_gguf.checkpoint.shards import Checkpoint
 from megrez_gguf.conversion import metadata
+from megrez_gguf.conversion.padding import padded
 from megrez_gguf.conversion.record import recorded
 from megrez_gguf.conversion.source import from_checkpoint
 from megrez_gguf.conversion.stream import Importance, Item, stream
@@ -93,7 +94,7 @@ def verify(
         failures += _compare_values(file, source.values)
         failures += _compare_names(file, source.tensors)
         items = [*_alike(file, source.tensors)]
-        importance = _importance(file, imatrix, items)
+        importance = _importance(file, imatrix, source.tensors)
         with _Comparison(file, sound) as sink:
             # What the file has of either kind is told by comparing.
             options: dict[str, Any] = {
@@ -149,7 +150,7 @@ def _compare_names(file: GGUFFile, expected: Sequence[Item]) -> Iterator[str]:
         where = "the checkpoint has no such tensor" if name in found else "missing from the file"
         yield f"{name}: {where}"
     for name in sorted(found.keys() & wanted.keys()):
-        if found[name].shape != wanted[name].shape:
+        if found[name].shape not in (wanted[name].shape, padded(wanted[name]).shape):
             yield (
                 f"{name}: has shape {list(found[name].shape)}; the checkpoint's is "
                 f"{list(wanted[name].shape)}"
@@ -160,12 +161,13 @@ def _alike(file: GGUFFile, expected: Sequence[Item]) -> Iterator[Item]:
     """The checkpoint's tensors in the types of the file, where names and shapes agree."""
     found = {t.name: t for t in file.tensors}
     for item in expected:
-        if item.name in found and found[item.name].shape == item.shape:
-            yield replace(item, encoding=encoding(found[item.name].dtype))
+        if tensor := found.get(item.name):
+            shaped = [same for same in (item, padded(item)) if same.shape == tensor.shape]
+            yield from (replace(same, encoding=encoding(tensor.dtype)) for same in shaped[:1])
 
 
 def _importance(
-    file: GGUFFile, imatrix: str | os.PathLike[str] | Imatrix | None, items: Sequence[Item]
+    file: GGUFFile, imatrix: str | os.PathLike[str] | Imatrix | None, tensors: Sequence[Item]
 ) -> Importance:
     weighted = "quantize.imatrix.entries_count" in file.values
     if imatrix is None:
@@ -181,7 +183,7 @@ def _importance(
         raise ConfigError(f"{file.shards[0].path}: made without an importance matrix; leave it out")
     weights = imatrix if isinstance(imatrix, Imatrix) else load_imatrix(Path(imatrix))
     by_feedback = file.values.get(metadata.ROUNDING) == metadata.FEEDBACK
-    return weights.weighing_for(items, by_feedback=by_feedback)
+    return weights.weighing_for(tensors, by_feedback=by_feedback)
 
 
 class _Comparison:

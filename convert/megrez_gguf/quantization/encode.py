@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megrez_gguf.errors import ConfigError
 from megrez_gguf.quantization import feedback
-from megrez_gguf.quantization.feedback import Entering
+from megrez_gguf.quantization.feedback import Entering, with_zeros
 from megrez_llama import quantizer
 
 Array = npt.NDArray[Any]
@@ -52,7 +52,8 @@ class Encoding:
     `block` elements become `block_bytes` bytes; `number` is ggml's number of the type. Magnitudes
     over `limit` become infinite, those up to `flush` become zero. `encode` takes finite rows
     `[rows, columns]`, and the importance of the columns `[columns]`, or what enters the matrix, by
-    which it is rounded by feedback, or None.
+    which it is rounded by feedback, or None. Columns beyond those that either tells of are zeros,
+    which nothing enters.
     """
 
     name: str
@@ -164,6 +165,8 @@ def encoding(name: str) -> Encoding:
     def by(values: npt.NDArray[np.float32], weighing: Weighing | None) -> Array:
         if isinstance(weighing, Entering):
             return feedback.encode(name, values, weighing, quantize, block)
+        if weighing is not None:
+            weighing = with_zeros(weighing, values.shape[1])
         return quantize(values, weighing)
 
     return Encoding(name, number, block, nbytes, float("inf"), 0.0, by)

@@ -25,6 +25,12 @@ Plain = Callable[[Floats, Floats | None], Bytes]
 """Encodes rows, given the importance of their columns."""
 
 
+def with_zeros(values: Floats, columns: int) -> Floats:
+    """`values` `[..., n]` with zeros after them, `[..., columns]`."""
+    missing = columns - values.shape[-1]
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)]) if missing else values
+
+
 class Products:
     """Sums of products of the columns that enter a matrix, `[columns, width]`.
 
@@ -45,6 +51,17 @@ class Products:
             part[np.diag_indices(size)] += _DAMPING * (part.diagonal().mean() or 1.0)
             found.append(np.linalg.cholesky(np.linalg.inv(part)).T.astype(np.float32))
         return found
+
+    def factors_for(self, columns: int) -> list[Floats]:
+        """`factors` for a matrix of so many columns, of which the last ones may be zeros."""
+        missing = columns - len(self._sums)
+        if not missing:
+            return self.factors
+        *others, last = self.factors
+        # Nothing goes along with what is not there.
+        wide = np.eye(len(last) + missing, dtype=np.float32)
+        wide[: len(last), : len(last)] = last
+        return [*others, wide]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,19 +97,21 @@ def encode(kind: str, values: Floats, entering: Entering, plain: Plain, block: i
     """Rows `values` `[rows, columns]` in the type `kind`, `block` weights a block, as flat bytes.
 
     `plain` is how the type is encoded without feedback: it chooses the scales. Types that have no
-    code for each weight are left to it.
+    code for each weight are left to it. Columns beyond those of `entering` are zeros, which nothing
+    enters.
     """
+    rows, columns = values.shape
+    means = with_zeros(entering.means, columns)
     if not codes.fields(kind):
-        return plain(values, entering.means)
-    rows = len(values)
+        return plain(values, means)
     wanted = np.array(values, np.float32)
     done = []
     end = 0
-    for factor in entering.products.factors:
+    for factor in entering.products.factors_for(columns):
         begin, end = end, end + len(factor)
         for at in range(begin, end, block):
             part = wanted[:, at : at + block]
-            blocks = plain(part, entering.means[at : at + block]).reshape(rows, -1)
+            blocks = plain(part, means[at : at + block]).reshape(rows, -1)
             grid = codes.grid(kind, blocks)
             chosen = np.empty((rows, block), np.int64)
             errors = np.empty((rows, block), np.float32)

@@ -10,7 +10,9 @@ Those in the folder `recipes` go by name; anyone's own is a TOML file:
     'blk\\.0\\.' = "q8_0"
 
 The expressions are those of llama-quantize's `--tensor-type`: the first that matches counts, and a
-type whose blocks do not fit the rows falls back as it does at any level. With an importance matrix
+type whose blocks do not fit the rows falls back as it does at any level, or, in the pools' down
+projections, with `pad_rows = true` above the table, gets rows with zeros after them: see
+`conversion.padding`. With an importance matrix
 that has products, weights are rounded by feedback: see that module.
 """
 
@@ -39,6 +41,7 @@ class Recipe:
     level: str
     types: tuple[tuple[str, str], ...] = ()
     description: str = ""
+    pad_rows: bool = False
     built_in: bool = False
 
     def check_matches(self, names: Iterable[str]) -> None:
@@ -93,14 +96,18 @@ def _parse(name: str, where: str, text: str) -> Recipe:
         raw: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as e:  # also of numbers too long to convert
         raise fail(f"cannot be read as TOML: {e}") from None
-    if unknown := raw.keys() - {"description", "level", "types"}:
-        raise fail(f"unknown key {min(unknown)!r}; expected description, level and [types]")
+    if unknown := raw.keys() - {"description", "level", "pad_rows", "types"}:
+        raise fail(
+            f"unknown key {min(unknown)!r}; expected description, level, pad_rows and [types]"
+        )
     level, types = raw.get("level"), raw.get("types", {})
-    description = raw.get("description", "")
+    description, pad_rows = raw.get("description", ""), raw.get("pad_rows", False)
     if not isinstance(level, str):
         raise fail(f"level: expected a name such as 'q4_k_m', found {level!r}")
     if not isinstance(types, dict) or not isinstance(description, str):
         raise fail("expected a text `description` and a table `types`")
+    if not isinstance(pad_rows, bool):
+        raise fail(f"pad_rows: expected true or false, found {clip(pad_rows)}")
     try:
         level = levels.canonical(level)
         if level in levels.FLOATS and types:
@@ -116,4 +123,4 @@ def _parse(name: str, where: str, text: str) -> Recipe:
         raise fail(
             f"types: {clip(pattern)} is no regular expression, or none for names: {e}"
         ) from None
-    return Recipe(name, level, tuple(types.items()), description)
+    return Recipe(name, level, tuple(types.items()), description, pad_rows)

@@ -33,6 +33,15 @@ static std::optional<uint64_t> override_int(const llama_model_loader & ml, const
     return found ? std::optional<uint64_t>(found->val_i64) : std::nullopt;
 }
 
+int64_t llama_model_experts::row_size(const llama_model_loader & ml, llm_arch arch, int layer, int64_t n_ff) {
+    constexpr int64_t n_block = 256; // of all K- and IQ-quants that have large ones
+
+    const ggml_tensor * t = ml.get_tensor_meta(LLM_TN(arch)(LLM_TENSOR_FFN_DOWN_EXPS, "weight", layer).str().c_str());
+    const int64_t n_row = (n_ff + n_block - 1)/n_block*n_block;
+
+    return t && t->ne[0] == n_row ? n_row : n_ff;
+}
+
 std::shared_ptr<llama_model_experts> llama_model_experts::load(
         llama_model_loader & ml, llama_model & model, const std::vector<int> & pool_layers, bool use_extra_bufts) {
     const auto & hparams = model.hparams;
@@ -78,6 +87,7 @@ std::shared_ptr<llama_model_experts> llama_model_experts::load(
         if (pools.emplace(il, (int) params.pools.size()).second) {
             const int64_t n_embd   = hparams.n_embd;
             const int64_t n_ff     = hparams.n_ff_exp(il);
+            const int64_t n_row    = row_size(ml, model.arch, il, n_ff);
             const int64_t n_expert = hparams.n_expert;
 
             auto & parts = params.pools.emplace_back();
@@ -85,7 +95,7 @@ std::shared_ptr<llama_model_experts> llama_model_experts::load(
                 const bool is_down = tensor == LLM_TENSOR_FFN_DOWN_EXPS;
                 const std::string name = tn(tensor, "weight", il).str();
 
-                const ggml_tensor * t = ml.check_tensor_dims(name, { is_down ? n_ff : n_embd, is_down ? n_embd : n_ff, n_expert }, true, false);
+                const ggml_tensor * t = ml.check_tensor_dims(name, { is_down ? n_row : n_embd, is_down ? n_embd : n_ff, n_expert }, true, false);
                 if (t->type == GGML_TYPE_NVFP4 || (t->type != GGML_TYPE_F32 && !ggml_get_type_traits(t->type)->to_float)) {
                     throw std::runtime_error(format("an expert cache does not hold weights of type %s", ggml_type_name(t->type)));
                 }

@@ -33,6 +33,10 @@ struct llama_model_experts {
     static std::shared_ptr<llama_model_experts> load(
             llama_model_loader & ml, llama_model & model, const std::vector<int> & pool_layers, bool use_extra_bufts);
 
+    // elements in the rows of the down projections of `layer`: n_ff, or more where the file has zeros after each row,
+    // so that blocks of K- and IQ-quants fit. What enters is filled up likewise (build_moe_ffn)
+    static int64_t row_size(const llama_model_loader & ml, llm_arch arch, int layer, int64_t n_ff);
+
     llama_model_experts(const llama_expert_store::params & params, std::vector<int> steps, float margin) :
         store(params), steps(std::move(steps)), margin(margin) {}
 };
