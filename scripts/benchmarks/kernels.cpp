@@ -52,7 +52,8 @@ int main(int, char ** argv) {
 
     std::vector<product> products;
     for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4,
-                                  GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS }) {
+                                  GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
+                                  GGML_TYPE_IQ4_XS }) {
         // 64 rows, again and again
         std::vector<float> values(64*n_in);
         std::generate(values.begin(), values.end(), [&] { return normal(rng); });

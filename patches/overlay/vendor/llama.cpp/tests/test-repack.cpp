@@ -151,7 +151,7 @@ int main() {
     }
     for (const int n_threads : { 1, 3 }) {
         ggml_backend_cpu_set_n_threads(backend, n_threads);
-        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS }) {
+        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS }) {
             int n = 0;
             for (const int64_t n_out : { 8, 24, 1408 }) {
                 for (const int64_t n_in : { 32, 256, 1408, 2048, 10944 }) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// Products of 8 interleaved rows of Q4_K, Q5_K, Q6_K and IQ4_XS with rows of Q8_K, for AVX2 and what came after it, on the
+// Products of 8 interleaved rows of Q2_K to Q6_K and IQ4_XS with rows of Q8_K, for AVX2 and what came after it, on the
 // plan of repack-b32.h: weights stay as they lie in memory, and 8 bytes of activations are repeated beside them. A block's
 // sums are integers until its end. With VNNI the products of a scale's weights are added in 32 bits, and start at what
 // makes weights unsigned. Without it they are added in 16, which must hold them, so that multiplying by the scale adds
@@ -19,6 +19,22 @@ namespace repack_k {
 constexpr int N_SUB = QK_K/32; // sub-blocks: what tiles load at a time
 
 // Layouts of our own: what a product needs next lies next, or memory is read at two thirds of its speed.
+
+struct block_q2_kx8 {
+    ggml_half d[8];
+    ggml_half dmin[8];
+    uint8_t   scales[QK_K/16][8]; // and mins
+    uint8_t   qs[2][4][8][8];     // by 128 weights: 8 bytes of each row in turn
+};
+static_assert(sizeof(block_q2_kx8) == 8*sizeof(block_q2_K), "wrong size");
+
+struct block_q3_kx8 {
+    ggml_half d[8];
+    uint32_t  scales[3][8];       // four bytes of each row in turn
+    uint8_t   high[4][8][8];
+    uint8_t   qs[2][4][8][8];
+};
+static_assert(sizeof(block_q3_kx8) == 8*sizeof(block_q3_K), "wrong size");
 
 struct block_q4_kx8 {
     ggml_half d[8];
@@ -56,6 +72,34 @@ template <int n> static inline void interleave(uint8_t (* out)[8][8], int row, c
 }
 
 // Blocks of 8 rows that lie `stride` blocks apart, interleaved.
+
+static inline block_q2_kx8 interleave(const block_q2_K * rows, int64_t stride) {
+    block_q2_kx8 out;
+    for (int row = 0; row < 8; ++row) {
+        const block_q2_K & in = rows[row*stride];
+        out.d[row]    = in.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d;
+        out.dmin[row] = in.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin;
+        for (int i = 0; i < QK_K/16; ++i) {
+            out.scales[i][row] = in.scales[i];
+        }
+        interleave<QK_K/4>(out.qs[0], row, in.qs);
+    }
+    return out;
+}
+
+static inline block_q3_kx8 interleave(const block_q3_K * rows, int64_t stride) {
+    block_q3_kx8 out;
+    for (int row = 0; row < 8; ++row) {
+        const block_q3_K & in = rows[row*stride];
+        out.d[row] = in.d;
+        for (int i = 0; i < 3; ++i) {
+            memcpy(&out.scales[i][row], in.scales + 4*i, 4);
+        }
+        interleave<QK_K/8>(out.high, row, in.hmask);
+        interleave<QK_K/4>(out.qs[0], row, in.qs);
+    }
+    return out;
+}
 
 template <typename block_tx8, typename block_t>
 static inline void interleave_with_mins(block_tx8 & out, int row, const block_t & in) {
@@ -190,6 +234,71 @@ using wide = wide_256;
 // the scales of 8 columns, and the unsigned weights of a sub-block from column `first` on.
 template <typename block_tx8> struct format;
 
+// four bytes of each of 8 rows to rows' bytes, four times
+static inline void store_rows_bytes(int8_t * out, __m256i v) {
+    const __m256i each = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i rows = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *) out, _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(v, each), rows));
+}
+
+template <> struct format<block_q2_kx8> {
+    static constexpr int  n_scales = QK_K/16;
+    static constexpr int  bias     = 0;
+    static constexpr bool mins     = true;
+
+    struct scales {
+        int8_t values[n_scales][8];
+        int8_t mins[n_scales][8];
+
+        explicit scales(const uint8_t (& from)[n_scales][8]) {
+            const __m256i four = _mm256_set1_epi8(0x0f);
+            for (int i = 0; i < n_scales; i += 4) {
+                const __m256i both = repack_b32::load_256(from[i]);
+                _mm256_storeu_si256((__m256i *) values[i], _mm256_and_si256(both, four));
+                _mm256_storeu_si256((__m256i *) mins[i],   _mm256_and_si256(_mm256_srli_epi16(both, 4), four));
+            }
+        }
+    };
+
+    template <typename W, int sub> static void decode(const block_q2_kx8 & b, int first, typename W::vector w[4]) {
+        for (int k = 0; k < 4; ++k) {
+            w[k] = W::both(W::template right<sub%4*2>(W::load(b.qs[sub/4][k][first])), W::set1(0x03));
+        }
+    }
+};
+
+template <> struct format<block_q3_kx8> {
+    static constexpr int  n_scales = QK_K/16;
+    static constexpr int  bias     = 4;
+    static constexpr bool mins     = false;
+
+    struct scales {
+        int8_t values[n_scales][8];
+
+        // as dequantize_row_q3_K of ggml-quants.c: 4 bits of each, then 2 of each
+        explicit scales(const uint32_t (& from)[3][8]) {
+            const __m256i a = repack_b32::load_256(from[0]), b = repack_b32::load_256(from[1]), c = repack_b32::load_256(from[2]);
+            const __m256i four = _mm256_set1_epi8(0x0f), high = _mm256_set1_epi8(0x30);
+            const auto joined = [&](__m256i low, __m256i of) {
+                const __m256i six = _mm256_or_si256(_mm256_and_si256(low, four), _mm256_and_si256(of, high));
+                return _mm256_sub_epi8(six, _mm256_set1_epi8(32));
+            };
+            store_rows_bytes(values[0],  joined(a, _mm256_slli_epi16(c, 4)));
+            store_rows_bytes(values[4],  joined(b, _mm256_slli_epi16(c, 2)));
+            store_rows_bytes(values[8],  joined(_mm256_srli_epi16(a, 4), c));
+            store_rows_bytes(values[12], joined(_mm256_srli_epi16(b, 4), _mm256_srli_epi16(c, 2)));
+        }
+    };
+
+    template <typename W, int sub> static void decode(const block_q3_kx8 & b, int first, typename W::vector w[4]) {
+        for (int k = 0; k < 4; ++k) {
+            const auto low  = W::template right<sub%4*2>(W::load(b.qs[sub/4][k][first]));
+            const auto high = W::template right<sub - 2>(W::load(b.high[k][first]));
+            w[k] = W::either(W::both(low, W::set1(0x03)), W::both(high, W::set1(0x04)));
+        }
+    }
+};
+
 // Q4_K and Q5_K: scales and mins of 6 bits
 struct format_with_mins {
     static constexpr int  n_scales = QK_K/32;
@@ -207,17 +316,10 @@ struct format_with_mins {
             const auto joined = [&](__m256i low, __m256i of) {
                 return _mm256_or_si256(_mm256_and_si256(low, four), _mm256_and_si256(_mm256_srli_epi16(of, 2), high));
             };
-            store(values[0], _mm256_and_si256(a, six));
-            store(values[4], joined(c, a));
-            store(mins[0],   _mm256_and_si256(b, six));
-            store(mins[4],   joined(_mm256_srli_epi16(c, 4), b));
-        }
-
-        // four bytes of each row to rows' bytes, four times
-        static void store(int8_t * out, __m256i v) {
-            const __m256i each = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-            const __m256i rows = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-            _mm256_storeu_si256((__m256i *) out, _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(v, each), rows));
+            store_rows_bytes(values[0], _mm256_and_si256(a, six));
+            store_rows_bytes(values[4], joined(c, a));
+            store_rows_bytes(mins[0],   _mm256_and_si256(b, six));
+            store_rows_bytes(mins[4],   joined(_mm256_srli_epi16(c, 4), b));
         }
     };
 };

@@ -33,7 +33,7 @@ constexpr int MAX_ROWS = 128; // of activations: they stay in the second level o
 struct group_a {
     int8_t  qs[N_GROUP][N_ROWS][N_BLOCK];
     float   d[N_ROWS][N_GROUP];
-    float   sums[N_ROWS][N_GROUP];   // of qs
+    float   sums[2][N_ROWS][N_GROUP];   // of qs, and of their second halves
     int32_t starts[2][N_ROWS][N_GROUP]; // of sums of products with biased weights, and of those of second halves
 };
 
@@ -41,8 +41,8 @@ struct group_a {
 struct group_b {
     uint8_t qs[N_GROUP][N_BLOCK/4][N_COLS][4];
     float   d[N_GROUP][N_COLS];
-    float   mins[N_GROUP][N_COLS];
-    float   halves[N_GROUP][N_COLS]; // scales of second halves
+    float   halves[N_GROUP][N_COLS];  // scales of second halves
+    float   mins[2][N_GROUP][N_COLS]; // and those of second halves
 };
 
 // What there is to know of a type: how to find the weights of 8 columns of a block, plus `bias`, which makes them unsigned,
@@ -100,12 +100,17 @@ template <typename block_tx8> struct weights_k {
                 _mm256_storeu_ps(g.halves[sub%N_GROUP] + 8*half, times(d, found.values[2*sub + 1]));
             }
             if constexpr (mins) {
-                _mm256_storeu_ps(g.mins[sub%N_GROUP] + 8*half, times(repack_b32::scales_256(b.dmin), found.mins[sub]));
+                const __m256 dmin = repack_b32::scales_256(b.dmin);
+                for (int e = 0; e < 1 + halves; ++e) {
+                    _mm256_storeu_ps(g.mins[e][sub%N_GROUP] + 8*half, times(dmin, found.mins[(1 + halves)*sub + e]));
+                }
             }
         }
     }
 };
 
+template <> struct weights<repack_k::block_q2_kx8> : weights_k<repack_k::block_q2_kx8> {};
+template <> struct weights<repack_k::block_q3_kx8> : weights_k<repack_k::block_q3_kx8> {};
 template <> struct weights<repack_k::block_q4_kx8> : weights_k<repack_k::block_q4_kx8> {};
 template <> struct weights<repack_k::block_q5_kx8> : weights_k<repack_k::block_q5_kx8> {};
 template <> struct weights<repack_k::block_q6_kx8> : weights_k<repack_k::block_q6_kx8> {};
@@ -141,7 +146,8 @@ template <typename type> static inline void pack_a(group_a * out, int row, const
         for (int r = 0; r < 4; ++r) {
             const int16_t * sums = a.bsums + sub/2*16 + 4*r + sub%2*2;
             g.d   [row + r][sub%N_GROUP] = a.d[r];
-            g.sums[row + r][sub%N_GROUP] = sums[0] + sums[1];
+            g.sums[0][row + r][sub%N_GROUP] = type::halves ? sums[0] : sums[0] + sums[1];
+            g.sums[1][row + r][sub%N_GROUP] = sums[1];
             g.starts[0][row + r][sub%N_GROUP] = -type::bias*(type::halves ? sums[0] : sums[0] + sums[1]);
             g.starts[1][row + r][sub%N_GROUP] = -type::bias*sums[1];
         }
@@ -191,7 +197,9 @@ static inline void add(float * acc, float * part, __m512i first, __m512i second,
     } else {
         __m512 all = i == 0 ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(part));
         if constexpr (type::mins) {
-            all = _mm512_fnmadd_ps(_mm512_load_ps(b.mins[i]), _mm512_set1_ps(a.sums[r][i]), all);
+            for (int e = 0; e < 1 + type::halves; ++e) {
+                all = _mm512_fnmadd_ps(_mm512_load_ps(b.mins[e][i]), _mm512_set1_ps(a.sums[e][r][i]), all);
+            }
         }
         if constexpr (type::halves) {
             all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), _mm512_load_ps(b.halves[i]), all);
