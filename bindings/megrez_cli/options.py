@@ -97,8 +97,8 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         parser=name,
-        help="Mix of types in place of a level: megrez-4g, megrez-3.5g, megrez-3g, megrez-q3, "
-        "megrez-q4, megrez-q5 or a TOML file.",
+        help="Mix of types in place of a level: megrez-4g, megrez-3.5g, megrez-3g, megrez-2.5g, "
+        "megrez-q3, megrez-q4, megrez-q5 or a TOML file.",
     ),
 ]
 Split = Annotated[

@@ -13,9 +13,10 @@ from support.samples import TOKENS, Sample
 # Activations become 8-bit integers, and a sum in another order may round them to the next one: up
 # to 3e-4 here, between any two ways to compute it. A wrong row gives 0.1 and more.
 ROUNDING = 1e-3
+KINDS = ("q4_0", "q2_k", "q3_k_s", "q4_k_s", "iq4_nl", "q5_0", "q8_0", "mxfp4_moe")
 
 
-@pytest.mark.parametrize("outtype", ["q4_0", "q4_k_s", "iq4_nl", "q5_0", "q8_0", "mxfp4_moe"])
+@pytest.mark.parametrize("outtype", KINDS)
 @pytest.mark.parametrize("experts", [8, 3])
 def test_prompts_and_single_tokens(
     sample: Callable[..., Sample], outtype: str, experts: int

@@ -90,7 +90,7 @@ def test_every_level(
     report = json.loads(printed.out)
     assert "converting" in printed.err
     assert [level["level"] for level in report["levels"]] == list(LEVELS)
-    assert len(LEVELS) == 26
+    assert len(LEVELS) == 27
     assert report["passed"]
     assert [text["windows"] for text in report["texts"]] == [2]
     assert report["reference"]["dtype"] == "float64"

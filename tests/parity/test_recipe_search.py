@@ -57,10 +57,24 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     sizes = Sizes(POCKET, roles)
     assert not sizes.can(r"\.ffn_down_exps\.", "q4_K")
     assert sizes.can(r"\.ffn_down_exps\.", "iq4_nl")
+    padded = Sizes(POCKET, roles, pad_rows=True)
+    # 64 columns become 256, but only where a type's blocks need them.
+    assert padded.of(r"\.ffn_down_exps\.", "q4_K") == 4 * padded.of(r"\.ffn_down_exps\.", "iq4_nl")
+    assert padded.of(r"\.ffn_down_exps\.", "iq4_nl") == sizes.of(r"\.ffn_down_exps\.", "iq4_nl")
+    assert not padded.can(r"\.ffn_down\.", "q4_K")
     mix = ("q4_K", "q8_0", "iq4_xs", *("q5_0",) * (len(roles) - 3))
     done = convert(POCKET, tmp_path / "x.gguf", recipe=search.recipe_of(mix, roles, level="q4_k_m"))
     assert 0 <= done.nbytes - sizes.whole(mix) < 1024
     assert sizes.level("q4_k_m") == convert(POCKET, tmp_path / "y.gguf", outtype="q4_k_m").nbytes
+
+
+@pytest.mark.parametrize("pad_rows", [False, True])
+def test_what_is_written_is_what_was_found(tmp_path: Path, pad_rows: bool) -> None:
+    found = search.recipe_of(("q3_K", "q8_0"), ("_exps", "attn"), name="x", pad_rows=pad_rows)
+    path = tmp_path / "x.toml"
+    path.write_text(search.toml(found))
+    again = recipe.load(path)
+    assert (again.types, again.level, again.pad_rows) == (found.types, found.level, pad_rows)
 
 
 def test_a_role_the_model_lacks_is_left_out(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from support.random_checkpoint import FULL, make_checkpoint
 # A recipe's name says whose size it may have.
 BOUNDS = {"megrez-q3": "q3_k_m", "megrez-q4": "q4_k_m", "megrez-q5": "q5_k_m"}
 # Or how many GiB it may have at full size.
-SIZES = {"megrez-3g": 3.0, "megrez-3.5g": 3.5, "megrez-4g": 4.0}
+SIZES = {"megrez-2.5g": 2.5, "megrez-3g": 3.0, "megrez-3.5g": 3.5, "megrez-4g": 4.0}
 
 
 @pytest.fixture(scope="module")
