@@ -21,6 +21,7 @@ import math
 import os
 import re
 import textwrap
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -298,6 +299,10 @@ def read_log(path: Path) -> dict[str, float]:
     return known
 
 
+def _key(mix: Recipe) -> str:
+    return json.dumps([list(pair) for pair in mix.types])
+
+
 class Meter:
     """Mean KLD of recipes from the reference, over windows nobody is judged by."""
 
@@ -337,16 +342,24 @@ class Meter:
         self._log = work / f"measured-{key}{weighted}.jsonl"
         self._file = work / "candidate.gguf"
         self._known = read_log(self._log)
+        self._took: list[float] = []  # seconds of each measurement
 
     def mean_kld(self, mix: Recipe) -> float:
         """In nats. Raises ConfigError where it is not finite, and whatever llama.cpp raises."""
-        types = [list(pair) for pair in mix.types]
-        key = json.dumps(types)
+        key = _key(mix)
         if key not in self._known:
+            began = time.perf_counter()
             self._known[key] = self._measure(mix)
+            self._took.append(time.perf_counter() - began)
             with self._log.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"types": types, "mean_kld": self._known[key]}) + "\n")
+                entry = {"types": json.loads(key), "mean_kld": self._known[key]}
+                log.write(json.dumps(entry) + "\n")
         return self._known[key]
+
+    def seconds_for(self, mixes: Iterable[Recipe]) -> float:
+        """What it will take to measure those that are not known yet, about; 0 before any was."""
+        missing = sum(_key(mix) not in self._known for mix in mixes)
+        return missing * sum(self._took) / max(len(self._took), 1)
 
     def _measure(self, mix: Recipe) -> float:
         comparison = Comparison()
@@ -390,19 +403,21 @@ def choices(
 ) -> list[list[Choice]]:
     """Those of each role, measured one at a time."""
     base = meter.mean_kld(recipe_of((BASE,) * len(roles), roles))
-    found = []
-    for number, role in enumerate(roles):
-        options = []
-        for kind in TYPES:
-            if not all(s.can(role, kind) for s in sizes):
-                continue
-            mix = tuple(kind if i == number else BASE for i in range(len(roles)))
-            kld = meter.mean_kld(recipe_of(mix, roles)) - base
-            nbytes = tuple(s.of(role, kind) for s in sizes)
-            options.append(Choice(kind, kld, nbytes))
-            say(f"  {role:26} {kind:7} {kld:+.6f}  {nbytes[0] / 2**20:8.2f} MiB")
-        found.append(options)
-    return found
+    mixes = {
+        (role, kind): recipe_of(tuple(kind if r == role else BASE for r in roles), roles)
+        for role in roles
+        for kind in TYPES
+        if all(s.can(role, kind) for s in sizes)
+    }
+    found: dict[str, list[Choice]] = {role: [] for role in roles}
+    for (role, kind), mix in mixes.items():
+        kld = meter.mean_kld(mix) - base
+        nbytes = tuple(s.of(role, kind) for s in sizes)
+        found[role].append(Choice(kind, kld, nbytes))
+        left = meter.seconds_for(mixes.values())
+        later = f"; about {left / 60:.0f} min left" if left >= 60 else ""
+        say(f"  {role:26} {kind:7} {kld:+.6f}  {nbytes[0] / 2**20:8.2f} MiB{later}")
+    return list(found.values())
 
 
 def best_mixes(options: Sequence[Sequence[Choice]], budgets: Sequence[int]) -> Iterator[Mix]:

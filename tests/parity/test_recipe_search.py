@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,3 +150,17 @@ def test_a_size_of_its_own(arguments: list[str], tmp_path: Path) -> None:
     assert found.name == f"megrez-{size / 2**30:g}g"
     assert set(dict(found.types).values()) != {"q4_0"}
     assert size * 0.9 < plan_convert(large, "x", recipe=found).nbytes <= size
+
+
+def test_tells_how_long_it_will_take(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(search, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(search.Meter, "_measure", lambda self, mix: 0.1)
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--no-judge"])
+    assert done.value.code == 0
+    # Two types of three roles are to be measured, besides what all begin with.
+    left = re.findall(r"about (\d+) min left", capsys.readouterr().err)
+    assert left == list("5443221")
