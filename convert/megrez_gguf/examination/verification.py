@@ -150,7 +150,7 @@ def _compare_names(file: GGUFFile, expected: Sequence[Item]) -> Iterator[str]:
         where = "the checkpoint has no such tensor" if name in found else "missing from the file"
         yield f"{name}: {where}"
     for name in sorted(found.keys() & wanted.keys()):
-        if found[name].shape not in (wanted[name].shape, padded(wanted[name]).shape):
+        if found[name].shape not in _shapes(wanted[name]):
             yield (
                 f"{name}: has shape {list(found[name].shape)}; the checkpoint's is "
                 f"{list(wanted[name].shape)}"
@@ -161,9 +161,14 @@ def _alike(file: GGUFFile, expected: Sequence[Item]) -> Iterator[Item]:
     """The checkpoint's tensors in the types of the file, where names and shapes agree."""
     found = {t.name: t for t in file.tensors}
     for item in expected:
-        if tensor := found.get(item.name):
-            shaped = [same for same in (item, padded(item)) if same.shape == tensor.shape]
-            yield from (replace(same, encoding=encoding(tensor.dtype)) for same in shaped[:1])
+        tensor = found.get(item.name)
+        if tensor and tensor.shape in _shapes(item):
+            yield replace(item, shape=tensor.shape, encoding=encoding(tensor.dtype))
+
+
+def _shapes(item: Item) -> tuple[tuple[int, ...], ...]:
+    """Those that a file may have it in."""
+    return item.shape, padded(item).shape
 
 
 def _importance(
