@@ -29,6 +29,7 @@ from support.llama import logits, nmse
 from support.paths import POCKET
 from support.random_checkpoint import make_checkpoint
 from support.samples import TOKENS
+from support.shared import Shared
 
 DOWN = "blk.1.ffn_down_exps.weight"
 MIX = Recipe("mine", "q4_k_m", (("ffn_down_exps", "q3_K"),), pad_rows=True)
@@ -46,10 +47,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Imatrix:
-    folder = tmp_path_factory.mktemp("learned")
-    source = convert(POCKET, folder / "source.gguf", outtype="f32").path
-    return learn(source, folder / "m.gguf")
+def learned(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Imatrix:
+    return learn(shared.pocket("f32"), tmp_path_factory.mktemp("learned") / "m.gguf")
 
 
 def learn(model: Path, path: Path) -> Imatrix:
@@ -78,8 +77,8 @@ def test_only_what_lacks_the_room_is_wider(made: Path) -> None:
     assert {i.shape for i in downs} == {(16, 256, 64)}
 
 
-def test_holds_the_checkpoints_weights_and_zeros(made: Path) -> None:
-    weights = rows(convert(POCKET, made.with_name("f32.gguf"), outtype="f32").path)
+def test_holds_the_checkpoints_weights_and_zeros(made: Path, shared: Shared) -> None:
+    weights = rows(shared.pocket("f32"))
     found = rows(made)
     assert not found[..., 64:].any()
     assert 1e-4 < nmse(weights, found[..., :64]) < 0.03
@@ -106,10 +105,10 @@ def test_is_the_file_of_a_wider_checkpoint(tmp_path: Path) -> None:
 
 
 def test_importance_is_of_the_columns_there_are(
-    made: Path, learned: Imatrix, tmp_path: Path
+    made: Path, learned: Imatrix, shared: Shared, tmp_path: Path
 ) -> None:
     """Each way to round loses less than the one before, of what comes out of the experts."""
-    exact = rows(convert(POCKET, tmp_path / "f32.gguf", outtype="f32").path)
+    exact = rows(shared.pocket("f32"))
     sums = learned.products[DOWN]
     lost = []
     for weights in (None, replace(learned, products={}), learned):
