@@ -34,10 +34,8 @@ static std::optional<uint64_t> override_int(const llama_model_loader & ml, const
 }
 
 int64_t llama_model_experts::row_size(const llama_model_loader & ml, llm_arch arch, int layer, int64_t n_ff) {
-    constexpr int64_t n_block = 256; // of all K- and IQ-quants that have large ones
-
     const ggml_tensor * t = ml.get_tensor_meta(LLM_TN(arch)(LLM_TENSOR_FFN_DOWN_EXPS, "weight", layer).str().c_str());
-    const int64_t n_row = (n_ff + n_block - 1)/n_block*n_block;
+    const int64_t n_row = GGML_PAD(n_ff, (int64_t) 256); // the blocks of all K- and IQ-quants that have large ones
 
     return t && t->ne[0] == n_row ? n_row : n_ff;
 }
