@@ -12,8 +12,8 @@ Those in the folder `recipes` go by name; anyone's own is a TOML file:
 The expressions are those of llama-quantize's `--tensor-type`: the first that matches counts, and a
 type whose blocks do not fit the rows falls back as it does at any level, or, in the pools' down
 projections, with `pad_rows = true` above the table, gets rows with zeros after them: see
-`conversion.padding`. With an importance matrix
-that has products, weights are rounded by feedback: see that module.
+`conversion.padding`. With an importance matrix that has products, weights are rounded by feedback:
+see that module.
 """
 
 from __future__ import annotations
