@@ -15,6 +15,7 @@ import pytest
 from megrez_cli import main
 from megrez_gguf.conversion.convert import convert, plan_convert
 from megrez_gguf.quantization import recipe
+from megrez_parity import recipe_meter
 from megrez_parity import recipe_search as search
 from megrez_parity.recipe_search import Choice, Sizes, best_mixes, neighbours, predicted, roles_of
 from support.paths import POCKET
@@ -125,13 +126,13 @@ def test_searches_judges_and_goes_on(
     whole = log.read_text("utf-8")
     log.write_text(whole[:-5], "utf-8")
     measured = []
-    real = search.Meter._measure
+    real = recipe_meter.Meter._measure
 
-    def measure(self: search.Meter, mix: Any) -> Any:
+    def measure(self: recipe_meter.Meter, mix: Any) -> Any:
         measured.append(mix)
         return real(self, mix)
 
-    monkeypatch.setattr(search.Meter, "_measure", measure)
+    monkeypatch.setattr(recipe_meter.Meter, "_measure", measure)
     assert run("--no-judge") == text
     assert len(measured) == 1
 
@@ -156,8 +157,8 @@ def test_tells_how_long_it_will_take(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = itertools.count(step=60)
-    monkeypatch.setattr(search, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(search.Meter, "_measure", lambda self, mix: 0.1)
+    monkeypatch.setattr(recipe_meter, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(recipe_meter.Meter, "_measure", lambda self, mix: 0.1)
     with pytest.raises(SystemExit) as done:
         main([*arguments, "--no-judge"])
     assert done.value.code == 0

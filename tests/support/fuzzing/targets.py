@@ -529,7 +529,7 @@ def _log_seeds() -> list[bytes]:
 
 
 def _read_log(folder: Path) -> None:
-    from megrez_parity.recipe_search import read_log
+    from megrez_parity.recipe_meter import read_log
 
     read_log(folder / "x.jsonl")
 
